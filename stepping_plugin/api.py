@@ -1,0 +1,141 @@
+"""`apply_steppingnet`: from a trained classifier and a list of budgets to nested subnets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .construction.importance import magnitude_scores
+from .construction.policies import assign
+from .errors import CaptureError, SteppingError, explain
+from .integrations.fvcore import count_macs
+from .levels import check_budgets, parse_budgets
+from .macs import MacModel
+from .net import SteppingNet
+from .serialization import describe_origin
+from .witness import find_units
+
+__all__ = ["apply_steppingnet"]
+
+
+def apply_steppingnet(
+    model: nn.Module,
+    budgets: Sequence[float | int | str],
+    *,
+    example_inputs: Tensor | None = None,
+    train_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+    policy: str = "steppingnet",
+    config: Any = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> SteppingNet:
+    """Turn a trained classifier into N nested subnets, one per budget.
+
+    Args:
+        model: timm model, or any module that maps images (B, C, H, W) to class scores (B, classes). Not modified.
+        budgets: ascending MAC budgets of subnets 1..N: floats in (0, 1] are fractions of the model's own MACs M_t,
+            integers are MACs, strings may be "40%", "300M", "1.2G".
+        example_inputs: images (B, C, H, W) of the size that the net is to be used with; by default one random image
+            of the size in the model's own configuration (timm models have one).
+        train_loader: batches of (images, labels) for the construction of the paper (Fig. 3). None: one shot, by the
+            magnitude of the weights.
+        policy: "steppingnet", "any-width" (regular pattern) or "random".
+        config: `ConstructionConfig`; needs `train_loader`.
+        device: where to put the net; by default where the model is.
+        seed: of everything random.
+
+    Returns:
+        The net, in the model's train/eval mode.
+
+    Raises:
+        BudgetError: malformed budgets, or budgets that no assignment of units can meet.
+        CaptureError: the model cannot be captured, or has no units that can move.
+        SteppingError: unsuitable arguments.
+    """
+    image_size = _image_size(model, example_inputs)
+    _check_precision(model)
+    owner = _private_copy(model)
+    analysis = find_units(owner, image_size)
+    macs_model = MacModel(analysis)
+    reference = macs_model.total
+    notes = _cross_check(owner, image_size, reference)
+    allowed = parse_budgets(budgets, reference)
+    check_budgets(analysis, macs_model, allowed, reference)
+    if train_loader is not None or config is not None:
+        raise SteppingError(
+            "Construction on training data is not available in this version: call apply_steppingnet without train_loader "
+            "and config (one-shot assignment by weight magnitude)."
+        )
+    scores = magnitude_scores(owner, analysis)
+    generator = torch.Generator().manual_seed(seed)
+    assigned = assign(analysis, macs_model, allowed, scores, policy=policy, generator=generator)
+    net = SteppingNet(owner, analysis, assigned.levels, allowed, reference, describe_origin(model, image_size))
+    net.notes = notes + list(assigned.notes)
+    net.train(model.training)
+    return net if device is None else net.to(device)
+
+
+def _image_size(model: nn.Module, example_inputs: Tensor | None) -> tuple[int, ...]:
+    if not isinstance(model, nn.Module):
+        raise SteppingError(explain("not a model", where="model", got=type(model).__name__, expected="a torch.nn.Module"))
+    if isinstance(example_inputs, (tuple, list)) and len(example_inputs) == 1:
+        example_inputs = example_inputs[0]
+    if example_inputs is not None:
+        if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4:
+            got = str(tuple(example_inputs.shape)) if isinstance(example_inputs, Tensor) else type(example_inputs).__name__
+            raise SteppingError(
+                explain("wrong shape", where="example_inputs", got=got, expected="one Tensor of images (B, C, H, W)")
+            )
+        return tuple(example_inputs.shape[1:])
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = config.get("input_size") if hasattr(config, "get") else None
+    if not size:
+        raise SteppingError(
+            f"example_inputs: {type(model).__name__} does not say which image size it takes. Pass example_inputs, for "
+            "example torch.zeros(1, 3, 224, 224)."
+        )
+    return tuple(size)
+
+
+def _check_precision(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise SteppingError(f"{name}: the model has no weights (it is on the meta device). Load them first.")
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise SteppingError(
+                explain(
+                    "half-precision weights", where=name, got=kind, expected="float32 or float64",
+                    action="Convert model.float() and train or run the net under torch.autocast.",
+                )  # fmt: skip
+            )
+
+
+def _private_copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise SteppingError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). A model that keeps results of a forward "
+            "pass (caches) has to be copied before it is called, or called under torch.no_grad()."
+        ) from error
+
+
+def _cross_check(model: nn.Module, image_size: tuple[int, ...], expected: int) -> list[str]:
+    """Count the original network with fvcore, operator by operator, as a check of the channel graph's own count."""
+    reference = next(model.parameters())
+    image = torch.zeros(1, *image_size, dtype=reference.dtype, device=reference.device)
+    try:
+        counted = count_macs(model, (image,)).total
+    except SteppingError as error:
+        return [f"fvcore could not count the original network ({error}); its MACs are those of the captured graph."]
+    if counted != expected:
+        raise CaptureError(
+            f"The captured graph has {expected:,} MACs, fvcore counts {counted:,} on the model itself. One of them misses an "
+            "operator; please report the model."
+        )
+    return []

@@ -1,0 +1,67 @@
+"""How much every unit matters, without data: the magnitude of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.labels import Role
+from ..graph.program import named_tensors, op_name
+from ..units import Analysis
+
+__all__ = ["magnitude_scores"]
+
+_SCALES = ("weight", "gamma", "scale")  # what norms and layer scales call their factor
+
+
+def magnitude_scores(model: nn.Module, analysis: Analysis) -> Tensor:
+    """Magnitude of every unit: L2 norm of its incoming weights and |gamma| of its norms.
+
+    Each layer's values are divided by their mean over the layer, so that 1 means average wherever a unit
+    lies; a unit in several layers (a residual stream) gets the mean over its channels in all of them.
+
+    Args:
+        model: owner of the parameters that the analysis names.
+        analysis: its units.
+
+    Returns:
+        float64 (num_units,), positive where any weight is, higher is more important.
+    """
+    total = torch.zeros(analysis.num_units, dtype=torch.float64)
+    count = torch.zeros(analysis.num_units, dtype=torch.float64)
+    for values, units in _magnitudes(model, analysis):
+        mean = values.mean()
+        values = (
+            values / mean if float(mean) > 0 else torch.ones_like(values)
+        )  # zero-initialised: says nothing
+        movable = units >= 0
+        total.index_add_(0, units[movable], values[movable])
+        count.index_add_(0, units[movable], torch.ones_like(values[movable]))
+    return torch.where(count > 0, total / count.clamp(min=1), 1.0)
+
+
+def _magnitudes(model: nn.Module, analysis: Analysis) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per layer and norm: magnitude per channel, float64 (channels,), and unit per channel."""
+    tensors = named_tensors(model)
+    weighted = {name: units for name, (units, _) in analysis.weight_units.items()}
+    for layer in analysis.layers:
+        if layer.role == Role.GROUPED and layer.weight is not None:
+            weighted.setdefault(layer.weight, layer.out_units)
+    transposed = {layer.weight for layer in analysis.layers if "transpose" in op_name(layer.node)}
+    for name, units in weighted.items():
+        weight = tensors.get(name)
+        axis = int(name in transposed)
+        if weight is not None and weight.dim() > axis and weight.shape[axis] == len(units):
+            yield _magnitude(weight.detach().movedim(axis, 0).flatten(1)), units
+    for name, (_, units) in analysis.param_units.items():
+        scale = tensors.get(name)
+        named_as_scale = name.rpartition(".")[2] in _SCALES and name not in weighted
+        if named_as_scale and scale is not None and scale.numel() == len(units):
+            yield _magnitude(scale.detach().reshape(-1, 1)), units
+
+
+def _magnitude(rows: Tensor) -> Tensor:
+    """L2 norm of every row, float64 on the CPU."""
+    return torch.linalg.vector_norm(rows.float(), dim=1).double().cpu()

@@ -1,0 +1,195 @@
+"""Function-preserving widening (Net2Wider, https://arxiv.org/abs/1511.05641) of any model whose units are known.
+
+The paper expands the network before construction, so that units can be chosen from more than are needed. Here units are
+duplicated: a copy computes what the original unit computes, and whoever reads the unit reads all its copies with shares
+of the old weight that add up to 1. With all units at level 1 the wide network is the same function.
+
+Where a unit's value enters a statistic over channels (layer norm, mean over channels), that only holds if every unit of
+the tensor has the same number of copies. Such tensors grow by whole factors, or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import SteppingError, explain
+from ..graph.labels import Role
+from ..graph.program import Program, call_arg, named_tensors, op_name
+from ..nested.module import direct_weights, sliced_copy, weight_layouts
+from ..units import Analysis, restrict
+
+__all__ = ["Widened", "copies_for", "reinitialise", "widen"]
+
+
+class Widened(NamedTuple):
+    """A wider model, its analysis, the copies of every old unit (LongTensor), and what could not grow."""
+
+    model: nn.Module
+    analysis: Analysis
+    copies: Tensor
+    notes: list[str]
+
+
+def widen(model: nn.Module, analysis: Analysis, factor: float, seed: int = 0, noise: float = 0.0) -> Widened:
+    """Duplicate units so that every width grows by a factor, without changing the function.
+
+    Args:
+        model: owner of the parameters; not modified.
+        analysis: its units.
+        factor: at least 1; a width of `size` units grows to `round(factor * size)`.
+        seed: decides which units get one copy more than others, and the noise.
+        noise: relative spread of the shares that the copies of a unit get of its outgoing weights. 0: equal shares; the
+            copies then have equal gradients and stay the same unit until they are at different levels. The function is
+            preserved whatever the noise is.
+
+    Raises:
+        SteppingError: factor below 1, or noise that would make a share 0 or less.
+    """
+    if not (math.isfinite(factor) and factor >= 1):
+        raise SteppingError(
+            explain("out of range", where="expansion", got=factor, expected="a factor of at least 1")
+        )
+    if not 0 <= noise < 1:
+        raise SteppingError(
+            explain("out of range", where="noise", got=noise, expected="a number from 0 up to 1")
+        )
+    generator = torch.Generator().manual_seed(seed)
+    copies, notes = copies_for(analysis, factor, generator)
+    wide, slices = restrict(analysis, copies)
+    model = sliced_copy(model, slices)
+    _split_outgoing(model, wide, _shares(copies, noise, generator))
+    return Widened(model, wide, copies, notes)
+
+
+def copies_for(analysis: Analysis, factor: float, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """How many copies of every unit make every width `factor` times as wide, LongTensor (num_units,), and notes.
+
+    Extra copies are spread evenly: counts within a group differ by one at most, and chance decides where.
+    """
+    tied = _statistics_sets(analysis)
+    fixed = _cannot_grow(analysis)
+    copies = torch.ones(analysis.num_units, dtype=torch.long)
+    uniform = torch.zeros(analysis.num_units, dtype=torch.bool)
+    for units, whole in tied:
+        uniform[units] = True
+        if not whole or bool(fixed[units].any()):
+            fixed[units] = True
+    for units, _ in tied:  # sets that share a unit fix one another: they are disjoint or equal after `_merge`
+        if not bool(fixed[units].any()):
+            copies[units] = math.floor(factor)
+    notes = []
+    for group in analysis.groups:
+        free = group.units[~(fixed | uniform)[group.units]]
+        extra = round(factor * len(free)) - math.floor(factor) * len(free)
+        copies[free] = math.floor(factor)
+        copies[free[torch.randperm(len(free), generator=generator)[:extra]]] += 1
+        got = int(copies[group.units].sum())
+        if got < round(factor * len(group.units)):
+            why = (
+                "of shared or normalised weights"
+                if bool(fixed[group.units].any())
+                else "of statistics over its channels"
+            )
+            notes.append(
+                f"{group.name} has {got} of {round(factor * len(group.units))} units after widening: because {why} it grows "
+                "by whole factors only" + (", here not at all." if got == len(group.units) else ".")
+            )
+    return copies, notes
+
+
+def _statistics_sets(analysis: Analysis) -> list[tuple[Tensor, bool]]:
+    """Sets of units that enter a statistic over channels together, and whether it bears equal numbers of copies."""
+    found: list[tuple[set[int], bool]] = []
+    for program in analysis.programs.values():
+        for node in _statistics(program):
+            source: fx.Node = node.args[0]  # type: ignore[assignment]
+            units = source.meta.get("units")
+            if units is None:
+                continue
+            name = op_name(node)
+            if name in ("amax", "amin"):
+                continue  # a copy changes no extreme
+            whole = bool((units >= 0).all()) and name != "linalg_vector_norm"
+            if name == "var.correction":
+                whole = whole and call_arg(node, "correction") == 0
+            found.append((set(units[units >= 0].tolist()), whole))
+    return [(torch.tensor(sorted(units)), whole) for units, whole in _merge(found)]
+
+
+def _statistics(program: Program) -> Iterator[fx.Node]:
+    return (n for n in program.operators() if n.meta.get("role") in (Role.PREFIX_NORM, Role.PREFIX_REDUCE))
+
+
+def _merge(sets: list[tuple[set[int], bool]]) -> list[tuple[set[int], bool]]:
+    """Join sets that share a unit."""
+    merged: list[tuple[set[int], bool]] = []
+    for units, whole in sets:
+        apart = []
+        for other, other_whole in merged:
+            if units & other:
+                units, whole = units | other, whole and other_whole
+            else:
+                apart.append((other, other_whole))
+        merged = [*apart, (units, whole)]
+    return merged
+
+
+def _cannot_grow(analysis: Analysis) -> Tensor:
+    """Units of weights that are transformed before use (standardised), whose copies would share one parameter and whose
+    shares the transformation would undo. BoolTensor (num_units,)."""
+    fixed = torch.zeros(analysis.num_units, dtype=torch.bool)
+    direct = direct_weights(analysis)
+    for name, pair in analysis.weight_units.items():
+        if name not in direct:
+            for units in pair:
+                fixed[units[units >= 0]] = True
+    for layer in analysis.layers:
+        weight = layer.node.args[1]
+        transformed = not (isinstance(weight, fx.Node) and weight.op == "placeholder")
+        if layer.role in (Role.HEAD, Role.GROUPED) and transformed:
+            for units in (layer.in_units, layer.out_units):
+                fixed[units[units >= 0]] = True
+    return fixed
+
+
+def _shares(copies: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Share of every new unit in what is read of its old unit, float64 (copies.sum(),); shares of a unit sum to 1."""
+    parent = torch.arange(len(copies)).repeat_interleave(copies)
+    spread = 2 * torch.rand(len(parent), generator=generator, dtype=torch.float64) - 1
+    shares = (1 + noise * spread) / copies[parent]
+    total = torch.zeros(len(copies), dtype=torch.float64).index_add_(0, parent, shares)
+    return shares / total[parent]
+
+
+@torch.no_grad()
+def _split_outgoing(model: nn.Module, analysis: Analysis, shares: Tensor) -> None:
+    """Multiply every column that reads a unit by the unit's share."""
+    tensors, layouts = named_tensors(model), weight_layouts(analysis)
+    columns = {name: (0 if layouts[name][1] else 1, pair[1]) for name, pair in analysis.weight_units.items()}
+    for layer in analysis.layers:
+        if layer.role == Role.HEAD and layer.weight is not None:
+            columns[layer.weight] = (1, layer.in_units)
+    for name, (axis, units) in columns.items():
+        share = torch.where(units >= 0, shares[units.clamp(min=0)], 1.0)
+        if bool((share != 1).any()):
+            weight = tensors[name]
+            share = share.to(weight).reshape([-1 if d == axis else 1 for d in range(weight.dim())])
+            weight.mul_(share)
+
+
+def reinitialise(model: nn.Module, seed: int) -> None:
+    """Give a model new random weights, in place: every module that can be reset is.
+
+    Parameters of modules without `reset_parameters` (class tokens, layer scales, position embeddings) keep their values.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()

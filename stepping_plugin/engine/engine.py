@@ -1,0 +1,269 @@
+"""The engine: step programs of one net, and everything that runs them."""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import SteppingError, explain
+from ..graph.program import named_tensors
+from .clock import StepClock
+from .emit import SCORES, StepProgram, emit_steps
+from .exit import ExitRule, as_rule, stop_now
+from .plan import Plan
+from .session import Session
+
+if TYPE_CHECKING:
+    from ..net import SteppingNet
+
+__all__ = ["Engine", "Prediction", "compile_engine"]
+
+
+@dataclass
+class Prediction:
+    """Answer of `Engine.predict`.
+
+    Attributes:
+        logits: class scores (B, classes) of the largest subnet that ran for each sample.
+        subnet: LongTensor (B,), that subnet.
+        macs: LongTensor (B,), MACs executed for each sample.
+        seconds: wall-clock time of the call.
+        in_time: whether a deadline, if there was one, was met.
+    """
+
+    logits: Tensor
+    subnet: Tensor
+    macs: Tensor
+    seconds: float
+    in_time: bool
+
+    @property
+    def classes(self) -> Tensor:
+        """LongTensor (B,), class of largest score."""
+        return self.logits.argmax(-1)
+
+
+@dataclass
+class Engine:
+    """Runs the subnets of a net one after the other, computing only what a larger subnet adds.
+
+    An engine is never changed by running it: any number of sessions, in any threads, share it.
+
+    Attributes:
+        programs: step programs 1..N.
+        macs: MACs executed per sample up to subnets 1..N. They equal the net's MACs, less those of units that no
+            class score of any subnet depends on: such units are not computed.
+        image_size: (C, H, W).
+        dtype, device: of images and scores.
+        cache_axes: batch axis per cache name, None where a cache does not depend on the batch.
+    """
+
+    programs: list[StepProgram]
+    macs: list[int]
+    image_size: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    cache_axes: dict[str, int | None]
+    changed: Callable[[], str | None] = lambda: None
+    clock: StepClock = field(init=False)
+    _runners: list[Callable[..., tuple[Tensor, ...]]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        increments = [b - a for a, b in zip([0, *self.macs], self.macs)]
+        self.clock = StepClock(increments)
+        self._runners = [bind(program.module) for program in self.programs]
+
+    @property
+    def num_subnets(self) -> int:
+        """N."""
+        return len(self.programs)
+
+    # ------------------------------------------------------------------------------------------ running
+
+    def start(self, x: Tensor) -> Session:
+        """Run subnet 1 on images (B, C, H, W); larger subnets follow with `session.step()`.
+
+        Raises:
+            SteppingError: images of another shape, type or device, or the net was changed after `deploy()`.
+        """
+        self._check(x)
+        return Session(self, x)
+
+    def steps(self, x: Tensor) -> Iterator[Tensor]:
+        """Class scores (B, classes) of subnets 1..N, each computed when it is asked for."""
+        session = self.start(x)
+        yield session.logits
+        while session.subnet < self.num_subnets:
+            yield session.step()
+
+    def run_step(self, level: int, caches: dict[str, Tensor]) -> Tensor:
+        """Run step program `level` on a session's caches, bring them up to date and return the class scores."""
+        program = self.programs[level - 1]
+        began = time.perf_counter()
+        with torch.inference_mode():
+            results = self._runners[level - 1](*[caches[name] for name in program.inputs])
+        caches.update(zip(program.outputs, results, strict=True))
+        for name in program.released:
+            del caches[name]
+        scores = caches[SCORES]
+        self._wait()
+        self.clock.record(level, len(scores), time.perf_counter() - began)
+        return scores
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def predict(
+        self, x: Tensor, until: ExitRule | Mapping[str, float] | None = None, deadline: float | None = None
+    ) -> Prediction:
+        """Step up until a rule on the scores says stop, for each sample on its own, or until time runs out.
+
+        Args:
+            x: images (B, C, H, W).
+            until: see `exit.as_rule`; without it all samples step to the last subnet.
+            deadline: seconds from now. Subnet 1 always runs; a further step only if the step times measured so far
+                say that it ends in time.
+        """
+        began = time.perf_counter()
+        rule, limit = as_rule(until), _checked_deadline(deadline)
+        session = self.start(x)
+        logits, subnet = session.logits.clone(), torch.ones(len(x), dtype=torch.long)
+        active = torch.arange(len(x))
+        while session.subnet < self.num_subnets:
+            if rule is not None:
+                going = ~stop_now(rule, session.logits)
+                if not bool(going.any()):
+                    break
+                session.keep(going)
+                active = active[going.cpu()]
+            left = limit - (time.perf_counter() - began)
+            if self.clock.estimate(session.subnet + 1, len(active), session.subnet) > left:
+                break
+            with torch.inference_mode():
+                logits[active.to(logits.device)] = session.step()
+            subnet[active] = session.subnet
+        seconds = time.perf_counter() - began
+        macs = torch.tensor([0, *self.macs])[subnet]
+        return Prediction(logits, subnet, macs, seconds, seconds <= limit)
+
+    def calibrate(self, batch_size: int = 1, repeats: int = 5) -> list[float]:
+        """Measure every step at a batch size; returns the median seconds per step."""
+        x = torch.zeros(batch_size, *self.image_size, dtype=self.dtype, device=self.device)
+        times: list[list[float]] = [[] for _ in self.programs]
+        for _ in range(repeats):
+            session, began = None, time.perf_counter()
+            for level in range(self.num_subnets):
+                session = self.start(x) if session is None else session
+                if level:
+                    session.step()
+                times[level].append(time.perf_counter() - began)
+                began = time.perf_counter()
+        return [sorted(t)[len(t) // 2] for t in times]
+
+    def _check(self, x: Any) -> None:
+        shape = f"(B, {', '.join(map(str, self.image_size))})"
+        if not isinstance(x, Tensor):
+            raise SteppingError(explain("images expected", got=type(x).__name__, expected=f"a tensor of shape {shape}"))
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_size or not len(x):
+            raise SteppingError(
+                explain(
+                    "wrong image shape", got=str(tuple(x.shape)), expected=shape,
+                    action="Resize the images, or convert the model again with example_inputs of the new size.",
+                )  # fmt: skip
+            )
+        if x.dtype != self.dtype or x.device.type != self.device.type:
+            raise SteppingError(
+                explain(
+                    "wrong type of images", got=f"{x.dtype} on {x.device}", expected=f"{self.dtype} on {self.device}",
+                    action="Convert the images, or the net before deploy().",
+                )  # fmt: skip
+            )
+        if reason := self.changed():
+            raise SteppingError(explain(f"the net was changed after deploy(): {reason}", action="Call net.deploy() again."))
+
+
+def _checked_deadline(deadline: float | None) -> float:
+    if deadline is None:
+        return math.inf
+    if isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or math.isnan(deadline):
+        raise SteppingError(explain("not a time", where="deadline", got=deadline, expected="seconds from now, or None"))
+    return float(deadline)
+
+
+def bind(module: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """A step program as a bare function: attribute look-ups on a plain object cost much less than on a module."""
+    if not isinstance(module, fx.GraphModule):
+        return module
+    holder = SimpleNamespace(**dict(module.named_buffers()))
+    function = type(module).forward
+    return lambda *caches: function(holder, *caches)
+
+
+# ------------------------------------------------------------------------------------------------- compiling
+
+
+def compile_engine(net: SteppingNet, *, compile: bool | Mapping[str, Any] = False, in_place: bool = True) -> Engine:
+    """Compile the step programs of a net.
+
+    Args:
+        net: its parameters are copied, sliced by level.
+        compile: run the step programs through `torch.compile`; a mapping holds its options.
+        in_place: let every step extend the caches of its session in place; programs without side effects otherwise.
+    """
+    with torch.no_grad():
+        plan = Plan(net.analysis.eval_program, net.levels, net.num_subnets, _lookup(net))
+        programs, sources = emit_steps(plan, in_place)
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+    macs = [sum(p.macs for p in programs[: k + 1]) for k in range(len(programs))]
+    axes = {name: node.meta.get("batch_axis", 0) for name, node in sources.items()}
+    engine = Engine(programs, macs, tuple(net.analysis.image_size), dtype, plan.device, axes, _watch(net))
+    if compile:
+        options = dict(compile) if isinstance(compile, Mapping) else {}
+        compiled = [torch.compile(program.module, **{"dynamic": True, **options}) for program in programs]
+        engine._runners = compiled
+    return engine
+
+
+def _lookup(net: SteppingNet) -> Callable[[str], Tensor]:
+    named = named_tensors(net.model)
+    constants = net.analysis.eval_program.constants
+    device = next((t.device for t in named.values()), torch.device("cpu"))
+
+    def lookup(name: str) -> Tensor:
+        if name in named and name not in constants:
+            return named[name]
+        held = net._constants.get((False, name))
+        return (getattr(net, held) if held else constants[name]).to(device)
+
+    return lookup
+
+
+def _watch(net: SteppingNet) -> Callable[[], str | None]:
+    """Says whether levels or weights differ from what they were, without keeping the net alive."""
+    reference = weakref.ref(net)
+    levels, weights = _state(net)
+
+    def changed() -> str | None:
+        current = reference()
+        if current is None:
+            return None
+        now_levels, now_weights = _state(current)
+        if now_levels != levels:
+            return "its levels differ"
+        return "its weights differ" if now_weights != weights else None
+
+    return changed
+
+
+def _state(net: SteppingNet) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+    tensors = [*net.model.parameters(), *net.model.buffers()]
+    return net.levels.tolist(), [(t.data_ptr(), t._version) for t in tensors]

@@ -1,0 +1,161 @@
+"""What all step programs of one engine share: the folded eval graph, the levels and the tensors behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph.labels import Role
+from ..graph.program import Program, call_arg, is_static, op_name, static_value
+from ..graph.rules import reduced_axes
+
+__all__ = ["Plan", "fold_batch_norms"]
+
+
+class Plan:
+    """A labelled eval program with a level for every unit.
+
+    Args:
+        program: annotated eval program (`units.analyse`).
+        levels: LongTensor (num_units,), 1..num_subnets, or more for spare units.
+        num_subnets: N.
+        lookup: gives the tensor of a name (parameter, buffer or constant).
+    """
+
+    def __init__(self, program: Program, levels: Tensor, num_subnets: int, lookup: Callable[[str], Tensor]) -> None:
+        self.program = fold_batch_norms(program)
+        self.device = next((lookup(n.meta["tensor"]).device for n in program.tensor_nodes()), torch.device("cpu"))
+        self.levels, self.num_subnets, self.lookup = levels, num_subnets, lookup
+        self._statics: dict[fx.Node, Tensor] = {}
+        self._positions: dict[tuple[fx.Node, int], Tensor] = {}
+
+    def static(self, node: fx.Node) -> Tensor:
+        """Value of a static node at full width."""
+        return static_value(node, self.lookup, self._statics)
+
+    def positions(self, node: fx.Node, level: int) -> Tensor:
+        """Positions along the unit axis of a node whose unit has that level; level 1 has those of no unit, too."""
+        key = node, level
+        if key not in self._positions:
+            units = node.meta["units"]
+            own = torch.where(units >= 0, self.levels[units.clamp(min=0)], 1) if len(self.levels) else torch.ones_like(units)
+            self._positions[key] = torch.nonzero(own == level).flatten()
+        return self._positions[key]
+
+    def prefix_positions(self, node: fx.Node, level: int) -> Tensor:
+        """Positions of levels up to `level`, ordered by level."""
+        return torch.cat([self.positions(node, s) for s in range(1, level + 1)])
+
+    def is_new(self, node: fx.Node, level: int) -> bool:
+        """Whether the node computes something at that level."""
+        if node.meta.get("per_level"):
+            return True
+        if node.meta.get("units") is None:
+            return level == 1
+        return len(self.positions(node, level)) > 0
+
+
+def normalised_axes(node: fx.Node) -> list[int]:
+    """Axes that a layer, group or RMS norm runs over."""
+    rank = len(node.meta["shape"])
+    if op_name(node) == "group_norm":
+        return list(range(1, rank))
+    return list(range(rank - len(node.args[1]), rank))  # type: ignore[arg-type]
+
+
+def spread(node: fx.Node, axes: list[int]) -> int:
+    """Numbers per position of the unit axis that a statistic of `node` over `axes` runs over."""
+    size = 1
+    for axis in axes:
+        if axis != node.meta["axis"]:
+            size *= node.meta["shape"][axis]
+    return size
+
+
+def cached_axes(node: fx.Node) -> list[int]:
+    return normalised_axes(node) if node.meta.get("role") == Role.PREFIX_NORM else reduced_axes(node)
+
+
+# ------------------------------------------------------------------------------------------------- folding
+
+
+def fold_batch_norms(program: Program) -> Program:
+    """A copy of an eval program in which batch norms behind convolutions and linears are part of their weights."""
+    graph = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(program.graph, mapped)
+    graph.output(output)
+    for old, new in mapped.items():
+        new.meta = dict(old.meta)
+    folded = Program(graph, mapped[program.image], program.training, dict(program.constants), list(program.mutations))
+    for node in list(graph.nodes):
+        if node.op == "call_function" and op_name(node) == "batch_norm" and not is_static(node):
+            _fold(graph, node)
+    graph.eliminate_dead_code()
+    return folded
+
+
+def _fold(graph: fx.Graph, norm: fx.Node) -> None:
+    source: fx.Node = norm.args[0]  # type: ignore[assignment]
+    weighted = op_name(source) == "linear" or op_name(source).startswith("conv")
+    if not weighted or len(source.users) > 1 or norm.args[5] or source.meta.get("role") == Role.HEAD:
+        return
+    weight, bias = source.args[1], call_arg(source, "bias")
+    channels_last = op_name(source) == "linear"
+    if not is_static(weight) or (channels_last and len(source.meta["shape"]) != 2):
+        return
+    scale, shift, mean, variance, eps = *norm.args[1:5], norm.args[7]
+    transposed = "transpose" in op_name(source)
+    groups = 1 if channels_last else call_arg(source, "groups", 1)
+    with graph.inserting_before(source):
+        new_weight = graph.call_function(folded_weight, (weight, scale, variance, eps, groups if transposed else 0))
+        new_bias = graph.call_function(folded_bias, (bias, scale, shift, mean, variance, eps))
+    new_weight.meta = {**weight.meta, "static": True}  # type: ignore[union-attr]
+    new_bias.meta = {"shape": (norm.meta["shape"][1],), "dtype": weight.meta["dtype"], "static": True}  # type: ignore[union-attr]
+    new_weight.meta.pop("value", None)
+    source.args = (source.args[0], new_weight, new_bias, *source.args[3:])
+    source.kwargs = {k: v for k, v in source.kwargs.items() if k != "bias"}
+    norm.replace_all_uses_with(source)
+    graph.erase_node(norm)
+
+
+def _norm_scale(scale: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    factor = torch.rsqrt(variance.double() + eps)
+    return factor if scale is None else factor * scale.double()
+
+
+def folded_weight(weight: Tensor, scale: Tensor | None, variance: Tensor, eps: float, transposed_groups: int) -> Tensor:
+    """Weight times gamma / sqrt(variance + eps) of its output channel, computed in float64.
+
+    Args:
+        transposed_groups: 0 if output channels come first; else the groups of a transposed convolution (I, O / groups, ...).
+    """
+    factor = _norm_scale(scale, variance, eps)
+    if not transposed_groups:
+        return (weight.double() * factor.view([-1] + [1] * (weight.dim() - 1))).to(weight.dtype)
+    inputs, outputs = weight.shape[:2]
+    per_input = factor.view(transposed_groups, 1, outputs).expand(-1, inputs // transposed_groups, -1)
+    per_input = per_input.reshape([inputs, outputs] + [1] * (weight.dim() - 2))
+    return (weight.double() * per_input).to(weight.dtype)
+
+
+def folded_bias(
+    bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> Tensor:
+    """beta + (bias - mean) * gamma / sqrt(variance + eps), computed in float64."""
+    factor = _norm_scale(scale, variance, eps)
+    centred = -mean.double() if bias is None else bias.double() - mean.double()
+    result = centred * factor
+    return (result if shift is None else result + shift.double()).to(mean.dtype)
+
+
+def norm_options(node: fx.Node) -> tuple[Any, Any, float, bool]:
+    """Weight, bias, eps and whether the mean is subtracted, of a layer, group or RMS norm."""
+    centred = op_name(node) != "rms_norm"
+    eps = call_arg(node, "eps")
+    if eps is None:
+        eps = 1e-5 if centred else torch.finfo(node.meta["dtype"]).eps
+    return call_arg(node, "weight"), call_arg(node, "bias") if centred else None, eps, centred

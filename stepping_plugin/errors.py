@@ -1,0 +1,117 @@
+"""Every error that users can meet, and the two helpers that keep their texts alike.
+
+A message says what went wrong, where, what was given, what was expected and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BudgetError",
+    "CaptureError",
+    "CheckpointError",
+    "NestingError",
+    "RecipeError",
+    "SteppingError",
+    "explain",
+    "nearest",
+]
+
+
+class SteppingError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class BudgetError(SteppingError):
+    """Budgets that are malformed, or that no assignment of levels can meet."""
+
+
+class CaptureError(SteppingError):
+    """A model that cannot be captured as a graph, or whose graph has no nested form."""
+
+
+class NestingError(SteppingError):
+    """A subnet depends on units that it does not contain.
+
+    Args:
+        message: the whole text.
+        layer: name of the first layer whose values differ, if known.
+        subnet: number (1..N) of the subnet that is not nested, if known.
+    """
+
+    def __init__(self, message: str, layer: str | None = None, subnet: int | None = None) -> None:
+        super().__init__(message, layer, subnet)
+        self.layer = layer
+        self.subnet = subnet
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CheckpointError(SteppingError):
+    """A file that is damaged, foreign, or does not belong to the given model."""
+
+
+class RecipeError(SteppingError):
+    """All mistakes of one recipe at once.
+
+    Args:
+        problems: one message per mistake, or a single message.
+        source: path or name of the recipe, for the heading.
+    """
+
+    def __init__(self, problems: str | Iterable[str], source: str | None = None) -> None:
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        self.source = source
+        super().__init__(self.problems, source)
+
+    def __str__(self) -> str:
+        where = f" in {self.source}" if self.source else ""
+        if len(self.problems) == 1:
+            return f"{self.source}: {self.problems[0]}" if self.source else self.problems[0]
+        listed = "".join(f"\n  - {problem}" for problem in self.problems)
+        return f"{len(self.problems)} problems{where}:{listed}"
+
+
+def nearest(key: object, valid: Iterable[object]) -> str:
+    """The hint that follows an unknown ``key``: the closest valid one, or all of them when none is close.
+
+    >>> nearest("buget", ["budget", "policy"])
+    "did you mean 'budget'?"
+    >>> nearest("zzz", ["budget", "policy"])
+    "valid: 'budget', 'policy'"
+    """
+    names = [str(name) for name in valid]
+    folded = {name.lower(): name for name in reversed(names)}  # reversed: the first of two equal folds wins
+    close = difflib.get_close_matches(str(key).lower(), list(folded), n=1)
+    if close:
+        return f"did you mean {folded[close[0]]!r}?"
+    return "valid: " + (", ".join(repr(name) for name in names) or "nothing here")
+
+
+def explain(
+    what: str,
+    *,
+    where: str | None = None,
+    got: object = None,
+    expected: str | None = None,
+    action: str | None = None,
+) -> str:
+    """One error text in the order that the whole package keeps; parts that are None are left out.
+
+    >>> explain("budget too small", where="subnet 1", got=0.01, expected="at least 0.04", action="Raise it.")
+    'subnet 1: budget too small; got 0.01, expected at least 0.04. Raise it.'
+    """
+    facts = []
+    if got is not None:
+        facts.append(f"got {got if isinstance(got, str) else repr(got)}")
+    if expected is not None:
+        facts.append(f"expected {expected}")
+    text = f"{where}: {what}" if where else what
+    if facts:
+        text += f"; {', '.join(facts)}"
+    if action:
+        text = f"{text.rstrip('.')}. {action}"
+    return text

@@ -1,0 +1,250 @@
+"""Unit labels on every tensor of a captured model (DESIGN: the channel graph).
+
+Each non-static node carries a *label tensor*: one unit label per element of its output, for batch size 1, kept
+compressed (size 1 along every axis on which the label does not vary). Data movement is executed on the label tensor
+itself, convolutions and linears make fresh labels on their output channels, elementwise operators join the labels they
+combine, contractions join the labels along the contracted axis. Passes repeat until nothing joins any more.
+
+A value may instead be *per level*: it exists once per subnet and belongs to no unit (class scores, a mean over the
+channels of levels <= s). `Labels.per_level` holds those nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import CaptureError
+from .program import Program, is_static, op_name, tensor_inputs
+from .unionfind import FREE, PINNED, UnionFind
+
+__all__ = ["Labels", "Pin", "Role", "compress", "labelled_axis", "propagate"]
+
+MAX_PASSES = 30
+
+
+class Role:
+    """How a node treats units; decides its masks, its MACs and how it is sliced. Nodes without a role move data."""
+
+    CHANNELS = "channels"  # weight between input units and output units: masked
+    GROUPED = "grouped"  # grouped convolution: a group is a unit, input and output together
+    CARRIED = "carried"  # weight applied along another axis, once per unit (token mixing)
+    HEAD = "head"  # classifier: its output accumulates over the levels
+    PREFIX_NORM = "prefix norm"  # statistics over the channels of levels <= s
+    PREFIX_REDUCE = "prefix reduce"  # mean, max or norm over the channels of levels <= s: a value per level
+    TAPS = "taps"  # one-channel convolution that slides over the channels (ECA)
+
+
+@dataclass
+class Pin:
+    """Why units stay at level 1."""
+
+    reason: str
+    module: str
+    operator: str
+
+
+@dataclass
+class Weight:
+    """Labels of one weight tensor, shared by all its call sites."""
+
+    out: Tensor  # (O,) fresh labels of the output channels
+    inputs: Tensor | None = None  # (I,) labels of the input channels of the first call site
+
+
+@dataclass
+class Labels:
+    """Result of `propagate`. Nodes of all captured programs share one set of labels."""
+
+    sets: UnionFind = field(default_factory=UnionFind)
+    raw: dict[fx.Node, Tensor] = field(default_factory=dict)
+    per_level: set[fx.Node] = field(default_factory=set)
+    role: dict[fx.Node, str] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    pins: list[Pin] = field(default_factory=list)
+    unknown: Counter = field(default_factory=Counter)
+
+    def of(self, node: fx.Node) -> Tensor:
+        """Compressed label tensor of a node (all `FREE` for static nodes), rank of the node's output."""
+        if node not in self.raw:
+            return torch.zeros([1] * len(node.meta["shape"]), dtype=torch.long)
+        return compress(self.sets.find(self.raw[node]))
+
+    def is_free(self, node: fx.Node) -> bool:
+        return not bool((self.of(node) != FREE).any())
+
+    def weight(self, key: str, out_channels: int) -> Weight:
+        """Labels of a weight, made on first use."""
+        if key not in self.weights:
+            self.weights[key] = Weight(self.sets.new(out_channels))
+        return self.weights[key]
+
+    def merge(self, labels: Tensor, axes: Iterable[int]) -> Tensor:
+        """Join all labels along the given axes; those axes come back with size 1."""
+        axes = [a % labels.dim() for a in axes]
+        varying = [a for a in axes if labels.shape[a] > 1]
+        if not varying:
+            return labels
+        kept = [d for d in range(labels.dim()) if d not in varying]
+        rows = labels.permute(kept + varying).reshape(-1, math.prod(labels.shape[a] for a in varying))
+        self.sets.union(rows, rows.max(1, keepdim=True)[0])
+        return torch.amax(self.sets.find(labels), dim=varying, keepdim=True)
+
+    def units_after_merge(self, labels: Tensor, axes: Iterable[int]) -> int:
+        """Number of different units left if the labels were joined along the axes. Changes nothing."""
+        trial = Labels(sets=UnionFind())
+        trial.sets.parent = self.sets.parent.clone()
+        left = trial.sets.find(trial.merge(labels, axes))
+        return len(torch.unique(left[left != FREE]))
+
+    def join(self, labels: Iterable[Tensor], rank: int) -> Tensor:
+        """Join labels position by position (broadcasting); `FREE` takes the label of its partner."""
+        result: Tensor | None = None
+        for label in labels:
+            label = label.reshape([1] * (rank - label.dim()) + list(label.shape))
+            if result is None:
+                result = label
+                continue
+            a, b = torch.broadcast_tensors(result, label)
+            self.sets.union(a, b)
+            result = torch.where(a != FREE, a, b)
+        assert result is not None
+        return self.sets.find(result)
+
+    def pin(self, labels: Tensor, node: fx.Node, reason: str) -> None:
+        """Keep units at level 1, remembering why."""
+        roots = self.sets.find(labels)
+        if bool(((roots != FREE) & (roots != PINNED)).any()):
+            self.pins.append(Pin(reason, node.meta.get("module", ""), op_name(node)))
+            self.sets.union(labels, torch.tensor(PINNED))
+
+
+Rule = Callable[[Labels, fx.Node], Tensor | None]
+
+
+def compress(labels: Tensor) -> Tensor:
+    """Size 1 along every axis on which the labels do not vary."""
+    for axis in range(labels.dim()):
+        if labels.shape[axis] > 1 and bool((labels == labels.narrow(axis, 0, 1)).all()):
+            labels = labels.narrow(axis, 0, 1)
+    return labels.contiguous()
+
+
+def labelled_axis(labels: Tensor) -> int | None:
+    """The one axis along which (compressed) labels vary, or None."""
+    axes = [d for d in range(labels.dim()) if labels.shape[d] > 1]
+    return axes[0] if axes else None
+
+
+def propagate(
+    programs: list[Program], rules: dict[str, Rule], tie: Callable[[Labels, list[fx.Node]], None] | None = None
+) -> Labels:
+    """Label all nodes of the programs (train and eval graph of one model share units through their weights).
+
+    Args:
+        programs: captured graphs of one model.
+        rules: label rule per operator name.
+        tie: joins further labels whenever the rules have settled, called with the operator nodes.
+
+    Raises:
+        CaptureError: the model has no classifier (no linear or convolution on the way to its output).
+    """
+    labels = Labels()
+    for program in programs:
+        for head in find_heads(program):
+            labels.role[head] = Role.HEAD
+    nodes = [node for program in programs for node in program.operators()]
+    for program in programs:
+        labels.raw[program.image] = torch.zeros([1] * len(program.image.meta["shape"]), dtype=torch.long)
+    for _ in range(MAX_PASSES):
+        version = labels.sets.version
+        labels.unknown.clear()
+        for node in nodes:
+            _label(labels, node, rules)
+        if labels.sets.version == version:
+            _one_axis_per_tensor(labels, nodes)
+        if labels.sets.version == version and tie:
+            tie(labels, nodes)
+        if labels.sets.version == version:
+            _whole_tensor_units(labels, nodes)
+        if labels.sets.version == version:
+            return labels
+    raise CaptureError(f"Labelling did not settle after {MAX_PASSES} passes; please report the model.")
+
+
+def find_heads(program: Program) -> set[fx.Node]:
+    """Classifiers: the last linear or convolution on every path to the output."""
+    heads: set[fx.Node] = set()
+    behind: list[fx.Node] = []
+    pending, seen = [program.output], set()
+    while pending:
+        node = pending.pop()
+        if node in seen or is_static(node):
+            continue
+        seen.add(node)
+        if op_name(node) in HEAD_OPERATORS:
+            heads.add(node)
+        else:
+            behind.append(node)
+            pending.extend(tensor_inputs(node))
+    norms = [n for n in behind if op_name(n) in ("batch_norm", "layer_norm", "group_norm")]
+    shape = program.output.meta["shape"]
+    if not heads or norms or len(shape) != 2 or program.image in behind:
+        raise CaptureError(
+            f"The model has no classifier: its output has shape (B, {', '.join(map(str, shape[1:]))}) and "
+            + ("is normalised features" if norms else "does not come from a linear or convolution")
+            + ". Class scores (B, classes) are expected; create the model with num_classes > 0."
+        )
+    return heads
+
+
+HEAD_OPERATORS = {"linear", "conv2d", "conv1d", "addmm", "mm"}
+
+
+def _label(labels: Labels, node: fx.Node, rules: dict[str, Rule]) -> None:
+    if "shape" not in node.meta:
+        return
+    labels.per_level.discard(node)
+    rule = rules.get(op_name(node))
+    result = rule(labels, node) if rule else None
+    if result is None:
+        result = _unknown(labels, node)
+    if node in labels.per_level:
+        result = torch.zeros([1] * len(node.meta["shape"]), dtype=torch.long)
+    labels.raw[node] = compress(labels.sets.find(result))
+
+
+def _unknown(labels: Labels, node: fx.Node) -> Tensor:
+    """No rule: what the operator reads stays at level 1. Values per level may pass (evaluated once per level)."""
+    inputs = [n for n in tensor_inputs(node) if not is_static(n)]
+    for source in inputs:
+        if not labels.is_free(source):
+            labels.unknown[op_name(node)] += 1
+            labels.pin(labels.of(source), node, "no rule for this operator")
+    if any(n in labels.per_level for n in inputs):
+        labels.per_level.add(node)
+    return torch.zeros([1] * len(node.meta["shape"]), dtype=torch.long)
+
+
+def _one_axis_per_tensor(labels: Labels, nodes: list[fx.Node]) -> None:
+    """Labels may vary along one axis only; merge the axes that cost the fewest units."""
+    for node in nodes:
+        if node not in labels.raw:
+            continue
+        label = labels.of(node)
+        varying = [d for d in range(label.dim()) if label.shape[d] > 1]
+        if len(varying) > 1:
+            best = max(varying, key=lambda k: labels.units_after_merge(label, [d for d in varying if d != k]))
+            labels.merge(label, [d for d in varying if d != best])
+
+
+def _whole_tensor_units(labels: Labels, nodes: list[fx.Node]) -> None:
+    """A tensor that is one single unit is needed by every subnet that contains its consumers: level 1."""
+    for node in nodes:
+        if node in labels.raw and labels.of(node).numel() == 1:
+            labels.pin(labels.of(node), node, "the whole tensor is one unit")

@@ -1,0 +1,161 @@
+"""A captured model: a functional, single-output ATen graph whose tensors are named.
+
+Every other part of the package reads models through `Program`: the labels live on its nodes, and the nested
+training form, the standalone subnets and the step programs of the engine are rewrites of its graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = ["Program", "batch_hint", "call_arg", "is_static", "op_name", "tensor_inputs"]
+
+
+@dataclass
+class Program:
+    """One mode (eval or train) of a model as a graph.
+
+    Node metadata used throughout: `shape` (tuple of int with the batch size counted as 1), `dtype`,
+    `tensor` (placeholders only: the name of a parameter, buffer or constant), `module` (path of the module
+    that ran the operator), `static` (depends on parameters only) and `batch` (an integer node that is k
+    times the batch size, k as value).
+
+    Attributes:
+        graph: nodes with exactly one output each; the output node returns `(logits, *mutated buffers)`.
+        image: the placeholder of the input, shape (1, C, H, W).
+        constants: tensors that the model's code made itself (lifted by the tracer), by name.
+        mutations: names of the buffers that the extra outputs update, in output order.
+        training: whether the graph was captured in train mode.
+    """
+
+    graph: fx.Graph
+    image: fx.Node
+    training: bool
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    mutations: list[str] = field(default_factory=list)
+
+    @property
+    def output(self) -> fx.Node:
+        """The node that computes the class scores."""
+        return self.graph.output_node().args[0][0]  # type: ignore[index,return-value]
+
+    def tensor_nodes(self) -> Iterator[fx.Node]:
+        """Placeholders of parameters, buffers and constants, in order."""
+        return (n for n in self.graph.nodes if n.op == "placeholder" and n is not self.image)
+
+    def operators(self) -> Iterator[fx.Node]:
+        """Operator nodes that depend on the image."""
+        return (n for n in self.graph.nodes if n.op == "call_function" and not is_static(n) and "batch" not in n.meta)
+
+
+def op_name(node: fx.Node) -> str:
+    """Operator name without namespace and with its overload, e.g. `conv2d`, `add.Tensor`, `mean.dim`."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        overload = target._overloadname
+        name = target._schema.name.split("::")[1]
+        return name if overload == "default" else f"{name}.{overload}"
+    return getattr(target, "__name__", str(target))
+
+
+def is_static(node: Any) -> bool:
+    """Whether a value depends on parameters, buffers and constants only."""
+    return isinstance(node, fx.Node) and bool(node.meta.get("static"))
+
+
+def batch_hint(value: Any, batch: int = 1) -> Any:
+    """Replace integer nodes (multiples of the batch size) inside an argument by numbers for that batch size."""
+    if isinstance(value, fx.Node):
+        return value.meta["batch"] * batch if "batch" in value.meta else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(batch_hint(v, batch) for v in value)
+    return value
+
+
+def call_arg(node: fx.Node, name: str, default: Any = None) -> Any:
+    """Argument of an ATen call by its schema name, wherever it stands.
+
+    Args:
+        node: a call of an `OpOverload`.
+        name: the argument's name in the operator's schema.
+        default: returned when the call leaves the argument out and the schema has no default for it.
+    """
+    if name in node.kwargs:
+        return node.kwargs[name]
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    for position, argument in enumerate(schema):
+        if argument.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return argument.default_value if argument.has_default_value() else default
+    return default
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """Inputs of a node that are tensors (integer nodes left out), in order, with repetitions removed."""
+    return [n for n in node.all_input_nodes if "batch" not in n.meta]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model by every name they have (aliases of shared tensors included)."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def static_value(
+    node: fx.Node, lookup: Callable[[str], Tensor], memo: dict[fx.Node, Tensor] | None = None
+) -> Tensor:
+    """Evaluate a static node.
+
+    Args:
+        node: a node with `meta["static"]`.
+        lookup: gives the tensor of a name.
+        memo: values already computed, extended in place.
+    """
+    memo = {} if memo is None else memo
+    pending = [node]
+    while pending:
+        current = pending[-1]
+        if current in memo:
+            pending.pop()
+            continue
+        if current.op == "placeholder":
+            memo[current] = lookup(current.meta["tensor"]).detach()
+            continue
+        missing = [n for n in current.all_input_nodes if n not in memo]
+        if missing:
+            pending.extend(missing)
+            continue
+        args, kwargs = fx.node.map_arg((current.args, dict(current.kwargs)), lambda n: memo[n])
+        with torch.no_grad():
+            memo[current] = current.target(*args, **kwargs)  # type: ignore[operator]
+    return memo[node]
+
+
+def batch_expression(graph: fx.Graph, image: fx.Node, memo: dict[int, fx.Node], factor: int) -> fx.Node:
+    """Integer node `factor * batch size`, made once per factor and placed behind the placeholders."""
+    if factor not in memo:
+        if 1 not in memo:
+            last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+            with graph.inserting_after(last):
+                memo[1] = graph.call_function(torch.ops.aten.sym_size.int, (image, 0))
+            memo[1].meta["batch"] = 1
+        if factor != 1:
+            with graph.inserting_after(memo[1]):
+                memo[factor] = graph.call_function(operator.mul, (memo[1], factor))
+            memo[factor].meta["batch"] = factor
+    return memo[factor]
+
+
+def flat_nodes(value: Any) -> Iterable[fx.Node]:
+    """All nodes inside a nested argument."""
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from flat_nodes(v)

@@ -1,0 +1,410 @@
+"""Label rules: what every operator does to units.
+
+A rule takes the labels and a node and returns the node's label tensor (or None: not covered, the units it reads are
+pinned to level 1). To add an operator, register a rule under its ATen name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .labels import Labels, Role, Rule, compress
+from .program import batch_hint, call_arg, is_static, op_name, tensor_inputs
+from .unionfind import FREE
+
+__all__ = ["RULES"]
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    return node.meta["shape"]
+
+
+def free(node: fx.Node) -> Tensor:
+    return torch.zeros([1] * len(shape_of(node)), dtype=torch.long)
+
+
+def dynamic_inputs(node: fx.Node) -> list[fx.Node]:
+    return [n for n in tensor_inputs(node) if not is_static(n)]
+
+
+def pass_per_level(labels: Labels, node: fx.Node) -> Tensor | None:
+    """If the (first) input is per level, so is the output."""
+    if dynamic_inputs(node) and dynamic_inputs(node)[0] in labels.per_level:
+        labels.per_level.add(node)
+        return free(node)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- data movement
+
+MOVES = (
+    "reshape view permute transpose.int t unsqueeze squeeze squeeze.dim squeeze.dims expand flatten.using_ints "
+    "unflatten.int slice.Tensor select.int roll flip index.Tensor index_select repeat pixel_shuffle pixel_unshuffle "
+    "unfold channel_shuffle movedim.int narrow diagonal"
+).split()
+IDENTITIES = "clone contiguous alias detach dropout _to_copy to.dtype lift_fresh_copy feature_dropout alpha_dropout type_as".split()
+
+
+@rule(*IDENTITIES)
+def identity(labels: Labels, node: fx.Node) -> Tensor | None:
+    passed = pass_per_level(labels, node)
+    return passed if passed is not None else labels.of(dynamic_inputs(node)[0])
+
+
+@rule(*MOVES)
+def move(labels: Labels, node: fx.Node) -> Tensor | None:
+    """Run the operator on the label tensor itself (for batch size 1)."""
+    passed = pass_per_level(labels, node)
+    if passed is not None:
+        return passed
+    source = node.args[0]
+    label = labels.of(source) if isinstance(source, fx.Node) else None
+    if label is None or label.numel() == 1:
+        return free(node) + (label.flatten()[0] if label is not None else FREE)
+    name = op_name(node)
+    if name in ("reshape", "view", "squeeze", "squeeze.dim", "squeeze.dims", "flatten.using_ints", "unflatten.int"):
+        return compress(label.expand(shape_of(source)).reshape(shape_of(node)))
+    if name in ("permute", "transpose.int", "t", "unsqueeze"):
+        return node.target(label, *node.args[1:])  # type: ignore[operator]
+    arguments = _with_index_values(node)
+    if arguments is None:
+        return None
+    args, kwargs = arguments
+    return compress(node.target(label.expand(shape_of(source)), *args, **kwargs))  # type: ignore[operator]
+
+
+def _with_index_values(node: fx.Node) -> tuple[list[Any], dict[str, Any]] | None:
+    """Remaining arguments with constant index tensors as values; None if an index is computed from data."""
+    indices = [n for n in tensor_inputs(node) if n is not node.args[0]]
+    if any("value" not in n.meta for n in indices):
+        return None
+    resolve = lambda a: fx.node.map_arg(batch_hint(a), lambda n: n.meta["value"])  # noqa: E731
+    return [resolve(a) for a in node.args[1:]], {k: resolve(v) for k, v in node.kwargs.items()}
+
+
+@rule("pad", "constant_pad_nd")
+def pad(labels: Labels, node: fx.Node) -> Tensor | None:
+    """Padding is available to everybody, so it is `FREE` where it lies along the labelled axis."""
+    passed = pass_per_level(labels, node)
+    if passed is not None:
+        return passed
+    source, amounts = node.args[0], node.args[1]
+    label, rank = labels.of(source), len(shape_of(node))  # type: ignore[arg-type]
+    padded = [rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0]  # type: ignore[arg-type]
+    if all(label.shape[a] == 1 for a in padded):
+        return label
+    if op_name(node) == "pad" and call_arg(node, "mode", "constant") != "constant":
+        return None
+    full = label.expand([shape_of(source)[d] if d in padded else label.shape[d] for d in range(rank)])  # type: ignore[arg-type]
+    return torch.nn.functional.pad(full, amounts)  # type: ignore[arg-type]
+
+
+@rule("cat", "stack")
+def concatenate(labels: Labels, node: fx.Node) -> Tensor | None:
+    pieces: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    rank = len(shape_of(node))
+    dim = call_arg(node, "dim", 0) % rank
+    if any(p in labels.per_level for p in pieces):
+        if all(p in labels.per_level or labels.is_free(p) for p in pieces):
+            labels.per_level.add(node)
+            return free(node)
+        return None
+    stacked = op_name(node) == "stack"
+    parts = [labels.of(p).unsqueeze(dim) if stacked else labels.of(p) for p in pieces]
+    sizes = [1 if stacked else shape_of(p)[dim] for p in pieces]
+    elsewhere = any(part.shape[d] > 1 for part in parts for d in range(rank) if d != dim)
+    if elsewhere and not any(part.shape[dim] > 1 for part in parts) and not stacked:
+        return labels.join(parts, rank)  # pieces along the token axis: all carry the channels' labels
+    widths = [max(part.shape[d] for part in parts) for d in range(rank)]
+    spread = [p.expand([s if d == dim else widths[d] for d in range(rank)]) for p, s in zip(parts, sizes, strict=True)]
+    return compress(torch.cat(spread, dim))
+
+
+# ------------------------------------------------------------------------------------------------- elementwise
+
+ELEMENTWISE = (
+    "add.Tensor sub.Tensor mul.Tensor div.Tensor add.Scalar sub.Scalar mul.Scalar div.Scalar rsub.Scalar relu relu6 gelu "
+    "silu sigmoid hardswish hardsigmoid hardtanh clamp clamp_min clamp_max leaky_relu elu selu celu tanh exp log sqrt "
+    "rsqrt pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor neg mish softplus maximum minimum abs reciprocal addcmul addcdiv "
+    "where.self sin cos square erf bitwise_not eq.Scalar ne.Scalar masked_fill.Scalar log_sigmoid prelu zeros_like "
+    "ones_like full_like lerp.Scalar lerp.Tensor sign floor fmod.Scalar log1p expm1 threshold hardshrink softsign tanhshrink logical_not "
+    "gt.Scalar lt.Scalar ge.Scalar le.Scalar bernoulli.p rand_like randn_like silu_backward div.Tensor_mode"
+).split()
+
+
+@rule(*ELEMENTWISE)
+def elementwise(labels: Labels, node: fx.Node) -> Tensor | None:
+    """Join the labels that meet. A value per level joins nothing: every unit reads the one of its own level."""
+    inputs = dynamic_inputs(node)
+    if op_name(node) == "prelu" and len(shape_of(node)) < 2:
+        return None
+    joined = labels.join([labels.of(n) for n in inputs], len(shape_of(node)))
+    if any(n in labels.per_level for n in inputs) and not bool((joined != FREE).any()):
+        labels.per_level.add(node)
+    return joined
+
+
+@rule("new_empty", "new_zeros", "new_ones", "new_full")
+def made_from_size(labels: Labels, node: fx.Node) -> Tensor | None:
+    return free(node)
+
+
+# ------------------------------------------------------------------------------------------------- norms and reductions
+
+
+@rule("batch_norm")
+def batch_norm(labels: Labels, node: fx.Node) -> Tensor | None:
+    passed = pass_per_level(labels, node)
+    return passed if passed is not None else labels.of(node.args[0])  # type: ignore[arg-type]
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(labels: Labels, node: fx.Node) -> Tensor | None:
+    rank = len(shape_of(node))
+    return _norm(labels, node, list(range(rank - len(node.args[1]), rank)))  # type: ignore[arg-type]
+
+
+@rule("group_norm")
+def group_norm(labels: Labels, node: fx.Node) -> Tensor | None:
+    """One group: prefix statistics. Several groups: a whole group is a unit."""
+    groups, rank = int(node.args[1]), len(shape_of(node))  # type: ignore[arg-type]
+    if groups == 1 or node.args[0] in labels.per_level:
+        return _norm(labels, node, list(range(1, rank)))
+    label = labels.merge(labels.of(node.args[0]), range(2, rank))  # type: ignore[arg-type]
+    return _join_groups(labels, label, groups, shape_of(node)[1], shape_of(node)[1])
+
+
+def _norm(labels: Labels, node: fx.Node, axes: list[int]) -> Tensor | None:
+    passed = pass_per_level(labels, node)
+    if passed is not None:
+        return passed
+    label = labels.of(node.args[0])  # type: ignore[arg-type]
+    varying = [d for d in range(label.dim()) if label.shape[d] > 1]
+    if not any(d in axes for d in varying):
+        if labels.role.get(node) == Role.PREFIX_NORM:
+            del labels.role[node]
+        return label
+    if len(varying) == 1 and labels.units_after_merge(label, axes) <= 1:
+        labels.role[node] = Role.PREFIX_NORM
+        return label
+    return labels.merge(label, axes)
+
+
+REDUCTIONS = "mean.dim amax amin linalg_vector_norm var.correction std.correction sum.dim_IntList softmax.int _softmax log_softmax.int _safe_softmax cumsum mean sum prod.dim_int all.dim any.dim logsumexp argmax".split()
+PREFIX_REDUCTIONS = ("mean.dim", "amax", "amin", "linalg_vector_norm", "var.correction")
+KEEP_SHAPE = ("softmax.int", "_softmax", "log_softmax.int", "_safe_softmax", "cumsum")
+
+
+@rule(*REDUCTIONS)
+def reduction(labels: Labels, node: fx.Node) -> Tensor | None:
+    """Along units' own axis a mean, maximum or norm becomes a prefix statistic; everything else joins the units."""
+    passed = pass_per_level(labels, node)
+    if passed is not None:
+        return passed
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    rank, name = len(shape_of(source)), op_name(node)
+    dims = reduced_axes(node)
+    label = labels.of(source)
+    labels.role.pop(node, None)
+    if any(label.shape[d] > 1 for d in dims):
+        varying = [d for d in range(rank) if label.shape[d] > 1]
+        if name in PREFIX_REDUCTIONS and len(varying) == 1 and labels.units_after_merge(label, dims) <= 1:
+            labels.role[node] = Role.PREFIX_REDUCE
+            labels.per_level.add(node)
+            return free(node)
+        label = labels.merge(label, dims)
+    if name not in KEEP_SHAPE and len(shape_of(node)) != rank:
+        for d in sorted(dims, reverse=True):
+            label = label.squeeze(d)
+    return label
+
+
+def reduced_axes(node: fx.Node) -> list[int]:
+    """Non-negative axes that a reduction runs over."""
+    rank = len(node.args[0].meta["shape"])  # type: ignore[union-attr]
+    dims = call_arg(node, "dim", None)
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+SPATIAL = {
+    "max_pool2d": 2, "avg_pool2d": 2, "adaptive_avg_pool2d": 2, "adaptive_max_pool2d": 2, "avg_pool1d": 1,
+    "adaptive_avg_pool1d": 1, "adaptive_max_pool1d": 1, "max_pool1d": 1, "max_pool3d": 3, "avg_pool3d": 3, "upsample_nearest2d.vec": 2,
+    "upsample_bilinear2d.vec": 2, "upsample_bicubic2d.vec": 2, "upsample_bilinear2d": 2, "upsample_nearest2d": 2,
+    "upsample_bicubic2d": 2, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2, "reflection_pad2d": 2, "replication_pad2d": 2,
+}  # fmt: skip
+
+
+@rule(*SPATIAL)
+def spatial(labels: Labels, node: fx.Node) -> Tensor | None:
+    """Pooling and resizing mix the last axes."""
+    passed = pass_per_level(labels, node)
+    if passed is not None:
+        return passed
+    rank = len(shape_of(node))
+    return labels.merge(labels.of(node.args[0]), range(rank - SPATIAL[op_name(node)], rank))  # type: ignore[arg-type]
+
+
+@rule("im2col")
+def im2col(labels: Labels, node: fx.Node) -> Tensor | None:
+    """(B, C, H, W) -> (B, C * kh * kw, positions): every channel spreads over its window."""
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    label = labels.merge(labels.of(source), [2, 3])
+    if label.shape[1] == 1:
+        return label.reshape(1, 1, 1)
+    channels, rows = shape_of(source)[1], shape_of(node)[1]
+    return label.reshape(1, channels, 1).repeat_interleave(rows // channels, dim=1)
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv2d.padding", "conv1d.padding", "conv_transpose2d.input", "conv_transpose1d")
+
+
+def weight_key(weight: fx.Node) -> str:
+    """Name shared by all call sites of a weight: the parameter behind it, or the node that computes it."""
+    node = weight
+    while node.op != "placeholder":
+        sources = [n for n in node.all_input_nodes if n.meta.get("shape", ()) and len(n.meta["shape"]) > 1]
+        if len(sources) != 1:
+            return node.name
+        node = sources[0]
+    return node.meta["tensor"]
+
+
+@rule("linear", *CONVOLUTIONS)
+def weighted(labels: Labels, node: fx.Node) -> Tensor | None:
+    """Convolutions and linears: fresh units on the output channels, unless the labels lie on another axis."""
+    source, weight = node.args[:2]
+    if not is_static(weight):
+        return None
+    rank = len(shape_of(node))
+    axis = rank - 1 if op_name(node) == "linear" else 1
+    groups = 1 if op_name(node) == "linear" else call_arg(node, "groups", 1)
+    label = labels.of(source)  # type: ignore[arg-type]
+    if labels.role.get(node) == Role.HEAD:
+        return _head(labels, node, label, axis, groups)
+    if source in labels.per_level:
+        labels.per_level.add(node)
+        return free(node)
+    if groups > 1:
+        labels.role[node] = Role.GROUPED
+        label = labels.merge(label, range(2, label.dim()))
+        return _join_groups(labels, label, groups, shape_of(source)[1], shape_of(node)[1])  # type: ignore[arg-type]
+    elsewhere = [d for d in range(label.dim()) if d != axis and label.shape[d] > 1]
+    if elsewhere and op_name(node) != "linear":
+        carried = _convolution_beside_units(labels, node, label)
+        if carried is not None:
+            return carried
+        label = labels.merge(label, range(2, label.dim()))
+    elif elsewhere:
+        labels.role[node] = Role.CARRIED
+        return labels.merge(label, [axis])
+    return _channels(labels, node, label, axis)
+
+
+def _head(labels: Labels, node: fx.Node, label: Tensor, axis: int, groups: int) -> Tensor:
+    elsewhere = [d for d in range(label.dim()) if d != axis and label.shape[d] > 1]
+    if elsewhere or groups > 1:
+        labels.pin(label, node, "the classifier reads units along another axis than its channels")
+    labels.per_level.add(node)
+    return free(node)
+
+
+def _channels(labels: Labels, node: fx.Node, label: Tensor, axis: int) -> Tensor:
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    entry = labels.weight(weight_key(weight), shape_of(node)[axis])
+    inputs = label.expand([shape_of(node.args[0])[d] if d == axis else 1 for d in range(label.dim())]).flatten()  # type: ignore[arg-type]
+    if entry.inputs is None:
+        entry.inputs = inputs
+    else:  # call sites of one weight share their units
+        labels.sets.union(entry.inputs, inputs)
+    labels.role[node] = Role.CHANNELS
+    return labels.sets.find(entry.out).reshape([-1 if d == axis else 1 for d in range(len(shape_of(node)))])
+
+
+def _convolution_beside_units(labels: Labels, node: fx.Node, label: Tensor) -> Tensor | None:
+    """A convolution whose spatial axes carry the units: pointwise along them, or sliding over them (ECA)."""
+    weight_shape = node.args[1].meta["shape"]  # type: ignore[union-attr]
+    along = [d for d in range(2, label.dim()) if label.shape[d] > 1]
+    if label.shape[1] != 1:
+        return None
+    if all(weight_shape[d] == 1 for d in along) and shape_of(node)[2:] == shape_of(node.args[0])[2:]:  # type: ignore[arg-type]
+        labels.role[node] = Role.CARRIED
+        return label
+    if op_name(node) == "conv1d" and tuple(weight_shape[:2]) == (1, 1) and shape_of(node) == shape_of(node.args[0]):  # type: ignore[arg-type]
+        labels.role[node] = Role.TAPS
+        return label
+    return None
+
+
+def _join_groups(labels: Labels, label: Tensor, groups: int, inputs: int, outputs: int) -> Tensor:
+    """Labels (1, inputs, ...) joined inside each of `groups` channel groups, as labels of `outputs` channels."""
+    rest = list(label.shape[2:])
+    grouped = label.expand(label.shape[0], inputs, *rest).reshape(label.shape[0], groups, inputs // groups, *rest)
+    joined = labels.sets.find(labels.merge(grouped, [2]))
+    spread = joined.expand(-1, groups, outputs // groups, *rest)
+    return spread.reshape(label.shape[0], outputs, *rest)
+
+
+# ------------------------------------------------------------------------------------------------- products
+
+
+@rule("matmul", "bmm")
+def matmul(labels: Labels, node: fx.Node) -> Tensor | None:
+    """Products of two computed matrices: units of both join, except along axes that neither contracts nor spans."""
+    a, b = node.args[:2]
+    rank = len(shape_of(node))
+    if is_static(b):
+        return _times_matrix(labels, node, labels.of(a), -1)  # type: ignore[arg-type]
+    if is_static(a):
+        return _times_matrix(labels, node, labels.of(b), -2)  # type: ignore[arg-type]
+    left, right = labels.of(a), labels.of(b)  # type: ignore[arg-type]
+    if a in labels.per_level or b in labels.per_level:
+        if labels.is_free(a) and labels.is_free(b):  # type: ignore[arg-type]
+            labels.per_level.add(node)
+            return free(node)
+        return None
+    if labels.is_free(a) and right.shape[-2] == 1 and right.dim() == rank:  # type: ignore[arg-type]
+        return labels.join([right], rank)
+    if labels.is_free(b) and left.shape[-1] == 1 and left.dim() == rank:  # type: ignore[arg-type]
+        return labels.join([left], rank)
+    return labels.join([labels.merge(left, [-1, -2]), labels.merge(right, [-1, -2])], rank)
+
+
+def _times_matrix(labels: Labels, node: fx.Node, label: Tensor, contracted: int) -> Tensor | None:
+    """Product with a matrix of parameters along an axis that carries no units."""
+    if label.shape[contracted] > 1:
+        label = labels.merge(label, [contracted])
+    if label.dim() != len(shape_of(node)):
+        return None
+    labels.role[node] = Role.CARRIED
+    return label
+
+
+@rule("scaled_dot_product_attention")
+def attention(labels: Labels, node: fx.Node) -> Tensor | None:
+    """A head is one unit: its queries, keys, values and outputs."""
+    tensors = [n for n in dynamic_inputs(node)]
+    if any(n in labels.per_level for n in tensors):
+        if not all(labels.is_free(n) for n in tensors):
+            return None
+        labels.per_level.add(node)
+        return free(node)
+    return labels.join([labels.merge(labels.of(n), [-1, -2]) for n in tensors], len(shape_of(node)))

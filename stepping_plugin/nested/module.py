@@ -1,0 +1,154 @@
+"""A module that runs nested graphs on the parameters of a model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import SteppingError, explain
+from ..graph.labels import Role
+from ..graph.program import named_tensors, op_name
+from ..graph.rules import weight_key
+from ..graph.slicing import ParameterSlice
+from ..units import Analysis
+from .build import NestedGraph, build_nested
+
+__all__ = ["NestedModule", "channel_levels", "direct_weights", "sliced_copy"]
+
+# What timm users call on a model and what stays meaningful: the classifier and the structure of parameter groups.
+_DELEGATED = (
+    "default_cfg", "pretrained_cfg", "num_classes", "num_features", "get_classifier", "no_weight_decay", "group_matcher",
+)  # fmt: skip
+
+
+class NestedModule(nn.Module):
+    """Owns a model's tensors and calls the nested graphs with them.
+
+    `model` keeps the parameters under their original names, and timm's attributes; its own forward is the network
+    before nesting and is not used.
+
+    Args:
+        model: owner of the parameters.
+        analysis: units of the model.
+        n: number of subnets.
+        standalone: see `build_nested`.
+    """
+
+    def __init__(self, model: nn.Module, analysis: Analysis, n: int, standalone: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.analysis = analysis
+        self._graphs = {t: build_nested(p, n, standalone) for t, p in analysis.programs.items()}
+        self._slots: dict[bool, list[tuple[nn.Module, str]]] = {}
+        self._masks = {name: f"_mask_{k}" for k, name in enumerate(analysis.weight_units)}
+        self._layouts = weight_layouts(analysis)
+        self._constants: dict[tuple[bool, str], str] = {}
+        for training, graph in self._graphs.items():
+            for name, value in graph.constants.items():
+                self._constants[training, name] = f"_constant_{len(self._constants)}"
+                self._set_buffer(self._constants[training, name], value)
+
+    def refresh(self, levels: Tensor) -> None:
+        """Recompute masks and level vectors from the level of every unit, LongTensor (num_units,) on the CPU."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        for name, buffer in self._masks.items():
+            self._set_buffer(buffer, self.live_mask(name, levels).to(device))
+        for training, graph in self._graphs.items():
+            for key, units in graph.level_vectors.items():
+                self._set_buffer(f"_levels_{int(training)}_{key}", channel_levels(levels, units).to(device))
+
+    def live_mask(self, weight: str, levels: Tensor) -> Tensor:
+        """Live synapses of a weight (nesting rule), BoolTensor that broadcasts against the weight."""
+        out_units, in_units = self.analysis.weight_units[weight]
+        live = channel_levels(levels, in_units)[None, :] <= channel_levels(levels, out_units)[:, None]
+        shape, transposed = self._layouts[weight]
+        live = live.t() if transposed else live
+        return live.reshape([*live.shape] + [1] * (len(shape) - 2)).contiguous()
+
+    def _set_buffer(self, name: str, value: Tensor) -> None:
+        if name in self._buffers:
+            self._buffers[name] = value
+        else:
+            self.register_buffer(name, value, persistent=False)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Call the graph of the current mode and update the buffers that it changes (batch counters)."""
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.analysis.image_size:
+            expected = f"(B, {', '.join(map(str, self.analysis.image_size))})"
+            raise SteppingError(
+                explain(
+                    "wrong image shape", got=str(tuple(x.shape)), expected=expected,
+                    action="Resize the images, or convert the model again with example_inputs of the new size.",
+                )  # fmt: skip
+            )
+        if self.training not in self._graphs:
+            raise SteppingError("This net holds no graph for train mode: it was made for inference. Call eval() first.")
+        graph = self._graphs[self.training]
+        result, *mutated = graph.module(x, *self._tensors(graph, self.training))
+        with torch.no_grad():
+            for name, value in zip(graph.mutations, mutated):
+                self.model.get_buffer(name).copy_(value)
+        return result
+
+    def _tensors(self, graph: NestedGraph, training: bool) -> list[Tensor]:
+        if training not in self._slots:
+            self._slots[training] = [self._slot(kind, name, training) for kind, name in graph.inputs]
+        return [getattr(module, name) for module, name in self._slots[training]]
+
+    def _slot(self, kind: str, name: str, training: bool) -> tuple[nn.Module, str]:
+        """Module and attribute that hold an input of the nested graph."""
+        if kind == "tensor":
+            path, _, attribute = name.rpartition(".")
+            return self.model.get_submodule(path), attribute
+        if kind == "constant":
+            return self, self._constants[training, name]
+        if kind == "mask":
+            return self, self._masks[name]
+        return self, f"_levels_{int(training)}_{name}"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _DELEGATED:
+            return getattr(super().__getattr__("model"), name)
+        return super().__getattr__(name)
+
+
+def channel_levels(levels: Tensor, units: Tensor) -> Tensor:
+    """Level per channel from unit per channel; -1 (always available) is level 1."""
+    return torch.where(units >= 0, levels[units.clamp(min=0)], 1)
+
+
+def weight_layouts(analysis: Analysis) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Shape of every masked weight where it is used, and whether its input channels come first."""
+    layouts = {}
+    for program in analysis.programs.values():
+        for node in program.operators():
+            if node.meta.get("role") == Role.CHANNELS:
+                weight: fx.Node = node.args[1]  # type: ignore[assignment]
+                layouts[weight_key(weight)] = (weight.meta["shape"], "transpose" in op_name(node))
+    return layouts
+
+
+def direct_weights(analysis: Analysis) -> set[str]:
+    """Weights that reach their operator untransformed (not weight-standardised), so that a mask can be folded in."""
+    found = {}
+    for program in analysis.programs.values():
+        for node in program.operators():
+            if node.meta.get("role") == Role.CHANNELS:
+                weight: fx.Node = node.args[1]  # type: ignore[assignment]
+                key = weight_key(weight)
+                found[key] = found.get(key, True) and weight.op == "placeholder"
+    return {name for name, direct in found.items() if direct}
+
+
+def sliced_copy(model: nn.Module, slices: dict[str, ParameterSlice]) -> nn.Module:
+    """Copy of a model in which some parameters and buffers are sliced. Tensors shared by several names stay shared."""
+    made: dict[int, Any] = {}
+    tensors = named_tensors(model)
+    for name, piece in slices.items():
+        tensor = tensors[name]
+        value = piece.apply(tensor.detach()).clone()
+        made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(model, made)  # the memo makes the copy take these tensors instead of copying the originals

@@ -1,0 +1,148 @@
+"""Checkpoints: one safetensors file each, whole or not at all, without pickle.
+
+A checkpoint is a nest of dicts, lists, tuples, numbers, strings, None and tensors (the state of net,
+optimizer and random generators, the history). Tensors are stored as such; everything else is JSON in the
+file's header, so that one rename replaces the whole state. A process that is killed while it saves, or a disk
+that is full, leaves the previous checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from stepping_plugin.errors import CheckpointError, explain
+
+__all__ = ["load_checkpoint", "random_state", "restore_random_state", "save_checkpoint"]
+
+FORMAT = "stepping-plugin checkpoint 1"
+_TAG = "$"  # the key that marks what JSON cannot say
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Write a checkpoint in place of the one that is there.
+
+    The file is written beside its place, flushed to the disk and renamed.
+
+    Raises:
+        CheckpointError: it cannot be written; the file that was there is untouched.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    header = json.dumps(_pack(state, "", tensors))
+    # One name, always: what a killed process leaves behind is overwritten by the next.
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            file.write(save(tensors, {"format": FORMAT, "state": header}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        kept = f"The previous checkpoint {path} is untouched." if path.exists() else "There is none yet."
+        raise CheckpointError(
+            f"{path}: the checkpoint cannot be written ({error.strerror or error}). {kept} "
+            "Make room, then start the same run again."
+        ) from error
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; tensors come back on the CPU.
+
+    Raises:
+        CheckpointError: damaged, or no checkpoint of a training run.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(explain("not a checkpoint of a training run", where=str(path)))
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return _unpack(json.loads(header["state"]), tensors)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        what, action = (
+            f"damaged checkpoint ({error})",
+            "Delete it to start anew, or take a copy that is whole.",
+        )
+        raise CheckpointError(explain(what, where=str(path), action=action)) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; not every system lets a folder be opened."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON form of a value; its tensors go into `tensors` under their path."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()  # cloned: safetensors refuses shared memory
+        return {_TAG: "tensor", "name": path}
+    if isinstance(value, (list, tuple)):
+        items = [_pack(v, f"{path}/{k}", tensors) for k, v in enumerate(value)]
+        return items if isinstance(value, list) else {_TAG: "tuple", "items": items}
+    if isinstance(value, Mapping):
+        pairs = [(k, _pack(v, f"{path}/{k}", tensors)) for k, v in value.items()]
+        if all(isinstance(k, str) for k, _ in pairs) and _TAG not in value:
+            return dict(pairs)
+        if all(isinstance(k, int) for k, _ in pairs):
+            return {_TAG: "dict", "items": pairs}  # JSON would turn the numbers into strings
+    what = f"{type(value).__name__} cannot be stored in a checkpoint"
+    raise CheckpointError(explain(what, where=path, expected="tensors, numbers, strings, lists, dicts"))
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(_TAG)
+    if kind == "tensor":
+        return tensors[value["name"]]
+    if kind == "tuple":
+        return tuple(_unpack(v, tensors) for v in value["items"])
+    if kind == "dict":
+        return {k: _unpack(v, tensors) for k, v in value["items"]}
+    return {k: _unpack(v, tensors) for k, v in value.items()}
+
+
+# --- Random generators ---
+
+
+def random_state() -> dict[str, Any]:
+    """State of the generators of Python, numpy, torch, and of every CUDA device."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    kind, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():  # another machine has other generators
+        torch.cuda.set_rng_state_all(state["cuda"])

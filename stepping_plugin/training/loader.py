@@ -1,0 +1,301 @@
+"""Loaders whose every batch is a pure function of (seed, epoch, step, rank, world).
+
+A run that is killed and resumed therefore sees the batches that it would have seen. The order of samples does
+not depend on how many processes share it: the batches of all ranks at one step make up the batch that a
+single process with the whole batch size would see, augmentation included.
+
+`TensorSet` keeps its pictures in memory and augments whole batches; `TransformSet` opens pictures one by one
+and sends them through a transform such as timm's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from stepping_plugin.errors import SteppingError, explain
+
+__all__ = ["Augment", "EpochLoader", "EpochPlan", "EpochSampler", "ImageSet", "TensorSet", "TransformSet"]
+
+Batch = tuple[Tensor, Tensor]  # images float32 (B, C, H, W), labels int64 (B,)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """One 63-bit seed out of several numbers; equal parts give equal seeds on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seeded_generator(*parts: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+class EpochSampler:
+    """The indices that one process visits in one epoch.
+
+    Args:
+        length: number of samples of the set.
+        seed: of the run.
+        epoch: from 0; every epoch has its own order.
+        rank, world: this process and their number. Process r takes every world-th index, from r on.
+        shuffle: False keeps the set's order (evaluation).
+        even: all ranks get equally many, the first samples of the order being repeated for it. Training needs
+            that (gradients are exchanged at every step); evaluation must not have it (samples would count
+            twice).
+    """
+
+    def __init__(
+        self,
+        length: int,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        shuffle: bool = True,
+        even: bool = True,
+    ) -> None:
+        if length < 1:
+            raise SteppingError(
+                "the data set is empty: there is nothing to load. Check data.root and data.name."
+            )
+        if not 0 <= rank < world:
+            raise SteppingError(
+                explain("bad rank", got=f"rank {rank} of {world}", expected="0 <= rank < world")
+            )
+        order = torch.arange(length)
+        if shuffle:
+            order = torch.randperm(length, generator=seeded_generator("order", seed, epoch))
+        if even:
+            total = math.ceil(length / world) * world
+            order = order[torch.arange(total) % length]
+        self.indices = order[rank::world]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices.tolist())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """What is left of one epoch for one process: the indices of each batch, the first being batch `step`."""
+
+    chunks: list[list[int]]
+    seed: int
+    epoch: int
+    step: int
+    rank: int
+    world: int
+
+
+class ImageSet(Protocol):
+    """What a loader asks of a set."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, plan: EpochPlan) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random shift by up to `shift` pixels (black moves in) and mirror image with probability `hflip`."""
+
+    shift: int = 0
+    hflip: float = 0.0
+
+    def __call__(self, images: Tensor, generator: torch.Generator, rank: int = 0, world: int = 1) -> Tensor:
+        """(B, C, H, W) -> same shape and dtype.
+
+        The draws are made for all `world` processes and this one takes its own, so that the augmentation of a
+        sample does not depend on the number of processes.
+        """
+        if self.shift == 0 and self.hflip == 0:
+            return images
+        batch, _, height, width = images.shape
+        draws = torch.rand(3, batch * world, generator=generator)[:, rank::world].unsqueeze(-1)  # (3, B, 1)
+        top, left = (draws[:2] * (2 * self.shift + 1)).long().clamp_(max=2 * self.shift)
+        rows = top + torch.arange(height)  # (B, H)
+        columns = left + torch.arange(width)  # (B, W)
+        columns = torch.where(draws[2] < self.hflip, columns.flip(1), columns)
+        padded = F.pad(images, [self.shift] * 4).movedim(1, -1)  # channels last: one index serves all of them
+        sample = torch.arange(batch)[:, None, None]
+        return padded[sample, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class TensorSet:
+    """Pictures in memory, normalised and augmented a batch at a time.
+
+    Args:
+        images: uint8 (M, C, H, W).
+        labels: int64 (M,).
+        mean, std: per channel, of pixels scaled to [0, 1].
+        augment: None for evaluation.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Augment | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One sample, not augmented: image float32 (C, H, W) and its label."""
+        return self._normalise(self.images[index][None])[0], self.labels[index]
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std
+
+    def batches(self, plan: EpochPlan) -> Iterator[Batch]:
+        for step, chunk in enumerate(plan.chunks, start=plan.step):
+            images = self.images[chunk]
+            if self.augment is not None:
+                generator = seeded_generator("augment", plan.seed, plan.epoch, step)
+                images = self.augment(images, generator, plan.rank, plan.world)
+            yield self._normalise(images), self.labels[chunk]
+
+
+@contextlib.contextmanager
+def _global_seed(seed: int) -> Iterator[None]:
+    """Seed the generators that transforms draw from, and put them back: dropout must not notice."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+class _SeededEpoch(Dataset[tuple[Tensor, int]]):
+    """A `TransformSet` in one epoch: the randomness of a sample depends on seed, epoch and index only."""
+
+    def __init__(self, data: TransformSet, seed: int, epoch: int) -> None:
+        self.data, self.seed, self.epoch = data, seed, epoch
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with _global_seed(derive_seed("sample", self.seed, self.epoch, index)):
+            return self.data[index]
+
+
+@dataclass(frozen=True)
+class TransformSet:
+    """Pictures that are opened and transformed one by one, by worker processes.
+
+    Args:
+        base: `base[i]` is (picture, label); without a transform of its own.
+        transform: picture to float32 (C, H, W), normalised.
+        indices: which samples of `base` belong to this set; None: all.
+        workers: loader processes; 0: load in this one.
+    """
+
+    base: Any  # a sized, indexable data set; torch's own classes do not declare __len__
+    transform: Callable[[Any], Tensor]
+    indices: Sequence[int] | None = None
+    workers: int = 0
+
+    def __len__(self) -> int:
+        return len(self.base) if self.indices is None else len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.base[index if self.indices is None else self.indices[index]]
+        return self.transform(image), int(label)
+
+    def batches(self, plan: EpochPlan) -> Iterator[Batch]:
+        loader: DataLoader[tuple[Tensor, int]] = DataLoader(
+            _SeededEpoch(self, plan.seed, plan.epoch),
+            batch_sampler=plan.chunks,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # without it, loading would draw from the global one
+        )
+        yield from loader
+
+
+class EpochLoader:
+    """Batches of (images, labels) of one process, resumable at any step of any epoch.
+
+    Iterating gives what is left of the current epoch and then turns to the next one, so that a plain
+    `for epoch in range(n): for images, labels in loader:` sees a new order in each epoch. Breaking off leaves
+    the position where the iteration began.
+
+    Training shuffles, augments and drops the last, incomplete batch (batch norm cannot use a batch of one); a
+    set smaller than one batch is one batch. Evaluation keeps order and all samples.
+
+    Args:
+        data: a `TensorSet`, a `TransformSet` or anything else that has `__len__` and `batches`.
+        batch_size: of this process; `world` times that many samples make one step.
+        train: see above.
+        seed, rank, world: see `EpochSampler`.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise SteppingError(
+                explain("bad batch size", got=batch_size, expected="a whole number from 1 up")
+            )
+        self.dataset = data
+        self.batch_size = batch_size
+        self.train = train
+        self.seed, self.rank, self.world = seed, rank, world
+        self.epoch = self.step = 0
+        samples = len(self._sampler(0))
+        full, rest = divmod(samples, batch_size)
+        self.num_batches = max(full, 1) if train else full + (rest > 0)
+
+    def _sampler(self, epoch: int) -> EpochSampler:
+        return EpochSampler(
+            len(self.dataset), self.seed, epoch, self.rank, self.world, shuffle=self.train, even=self.train
+        )
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self.num_batches
+
+    def set_epoch(self, epoch: int, step: int = 0) -> None:
+        """Go to batch `step` of `epoch` (both from 0); the next iteration starts there."""
+        self.epoch, self.step = epoch, step
+
+    def __iter__(self) -> Iterator[Batch]:
+        indices = list(self._sampler(self.epoch))
+        starts = range(self.step * self.batch_size, self.num_batches * self.batch_size, self.batch_size)
+        chunks = [indices[start : start + self.batch_size] for start in starts]
+        yield from self.dataset.batches(
+            EpochPlan(chunks, self.seed, self.epoch, self.step, self.rank, self.world)
+        )
+        self.set_epoch(self.epoch + 1)
+
+    def stream(self, step: int = 0) -> Iterator[Batch]:
+        """Batches without end, from batch `step` counted over all epochs: what construction iterates on."""
+        self.set_epoch(*divmod(step, self.num_batches))
+        while True:
+            yield from self

@@ -1,0 +1,402 @@
+"""The training loop: epochs, evaluation, log, checkpoints, resuming.
+
+    history = fit(net, train_loader, val_loader, TrainConfig(epochs=20, lr=0.05), teacher=original, checkpoint_dir="run")
+
+A run that is killed and started again with the same arguments continues from its last checkpoint and, on a CPU, ends
+with the same bits as an uninterrupted one. For that, batches must be repeatable: those of `training.data` are by
+construction; of an ordinary DataLoader the batches already done are drawn again from the saved random state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, reduce
+from torch import Tensor, nn
+
+from stepping_plugin.errors import CheckpointError, SteppingError, explain
+from stepping_plugin.net import SteppingNet
+from stepping_plugin.training.checkpoint import (
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from stepping_plugin.training.loader import derive_seed
+from stepping_plugin.training.losses import SubnetLoss
+from stepping_plugin.training.trainer import Batch, TrainConfig, Trainer, evaluate
+
+__all__ = ["History", "TrainConfig", "Trainer", "evaluate", "fit"]
+
+CHECKPOINT, LOG = "last.safetensors", "log.jsonl"
+
+# What may differ between a run and its continuation.
+_FREE_SETTINGS = ("device", "checkpoint_steps")
+
+
+@dataclass
+class History:
+    """One record per epoch: epoch (from 1), updates, lr, train_loss, and with a validation loader accuracy and
+    val_loss; lists hold one number per subnet, accuracies are shares in [0, 1]."""
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> list[float] | None:
+        """Of every subnet after the last epoch, None without validation."""
+        return self.epochs[-1].get("accuracy") if self.epochs else None
+
+
+def fit(
+    net: nn.Module,
+    train_loader: Iterable[Batch],
+    val_loader: Iterable[Batch] | None = None,
+    config: TrainConfig | None = None,
+    *,
+    teacher: nn.Module | None = None,
+    gamma: float = 0.4,
+    temperature: float = 1.0,
+    from_largest: bool = False,
+    subnet_weights: Sequence[float] | None = None,
+    beta: float = 0.9,
+    sequential: bool = False,
+    mixup: Callable[[Tensor, Tensor], Batch] | None = None,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = True,
+    log: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool | None = None,
+) -> History:
+    """Train all subnets of a SteppingNet (Eq. 4, III-A2), or any classifier, in place.
+
+    In a distributed run (`accelerate launch`, `torchrun`) every process calls it with its own share of the data
+    (`EpochLoader(rank=, world=)`); gradients are averaged, so the learning rate belongs to the batch of all processes.
+    Batch norm normalises with the statistics of each process's own batch.
+
+    Args:
+        net: left in eval mode on `config.device`; with `model_ema`, holding the averaged weights.
+        train_loader: batches of (images, labels); must have a length.
+        val_loader: evaluated after every epoch; None: no evaluation.
+        config: hyperparameters.
+        teacher: for distillation, for example the original network; None: labels only.
+        gamma, temperature, from_largest, subnet_weights: see `SubnetLoss`.
+        beta, sequential, mixup: see `Trainer`.
+        checkpoint_dir: folder of `last.safetensors` and `log.jsonl`; None: nothing is written.
+        resume: continue from the checkpoint in that folder if there is one; False: start anew.
+        log: called with the record of every epoch (main process only).
+        progress: show a bar; None: if standard error is a terminal.
+
+    Returns:
+        The history, epochs before an interruption included.
+
+    Raises:
+        SteppingError: data or teacher do not fit the net, or the loss is not finite; the last checkpoint stays.
+        CheckpointError: a checkpoint cannot be written, read, or belongs to another run.
+        KeyboardInterrupt: Ctrl-C, after the current update and a checkpoint. A second one stops at once.
+    """
+    config = config or TrainConfig()
+    batches = _length(train_loader)
+    if config.epochs == 0:
+        return History()
+    criterion = SubnetLoss(gamma, temperature, config.smoothing, subnet_weights, from_largest)
+    updates_per_epoch = math.ceil(batches / config.grad_accum_steps)
+    was_training = teacher.training if teacher is not None else False
+    trainer = Trainer(
+        net, config, updates_per_epoch, criterion=criterion, teacher=teacher, beta=beta, sequential=sequential, mixup=mixup
+    )  # fmt: skip
+    settings = {
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_SETTINGS},
+        "loss": dataclasses.asdict(criterion),
+        "beta": beta,
+        "sequential": sequential,
+        "teacher": teacher is not None,
+        "mixup": mixup is not None,
+        "batches per epoch": batches,
+        "batch size": getattr(train_loader, "batch_size", None),
+        "processes": trainer.processes.num_processes,
+    }
+    folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
+    run = _Run(trainer, train_loader, val_loader, folder, _plain(settings), log)
+    _seed(config.seed, trainer.processes.process_index)
+    run.begin(resume)
+    shown = sys.stderr.isatty() if progress is None else progress
+    try:
+        with (
+            _bar(shown and run.main, trainer.epochs * updates_per_epoch, trainer.updates) as run.show,
+            _ctrl_c() as run.stop,
+        ):
+            while run.epoch < trainer.epochs:
+                run.one_epoch()
+    finally:
+        net.eval()
+        if teacher is not None:
+            teacher.train(was_training)
+    if trainer.ema is not None:
+        net.load_state_dict(trainer.ema.module.state_dict())
+    return run.history
+
+
+class _Run:
+    """Where a run stands (`epoch`, batches of it done, history), and how that is saved and found again."""
+
+    show: Callable[[str], None]
+    stop: threading.Event
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        train_loader: Iterable[Batch],
+        val_loader: Iterable[Batch] | None,
+        folder: Path | None,
+        settings: dict[str, Any],
+        log: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.trainer, self.train_loader, self.val_loader = trainer, train_loader, val_loader
+        self.folder, self.settings, self.log = folder, settings, log
+        self.main, self.rank = trainer.processes.is_main_process, trainer.processes.process_index
+        self.history = History()
+        self.epoch = self.done = 0  # epochs completed, batches of the next one completed
+        self.losses: Tensor | None = None  # sum over those batches, Tensor[N]
+        self.start: dict[str, Any] = {}  # random state at the start of the epoch
+
+    # ------------------------------------------------------------------------------------------- epochs
+
+    def one_epoch(self) -> None:
+        began = time.perf_counter()
+        if self.done == 0:
+            self.start = self._random_state()
+        self.trainer.net.train()
+        for group in self._groups():
+            losses = self.trainer.update(group) * len(group)
+            self.losses = losses if self.losses is None else self.losses + losses
+            self.done += len(group)
+            self._after_update()
+        if self.losses is None:
+            raise SteppingError("the training loader gives no batch, although its length is not 0.")
+        self._close_epoch(began)
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """Batches that are left in this epoch, `grad_accum_steps` at a time."""
+        group: list[Batch] = []
+        for batch in self._remaining():
+            group.append(batch)
+            if len(group) == self.trainer.config.grad_accum_steps:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _remaining(self) -> Iterator[Batch]:
+        loader = self.train_loader
+        if hasattr(loader, "stream"):  # an EpochLoader starts anywhere
+            loader.set_epoch(self.epoch, self.done)  # type: ignore[attr-defined]
+            yield from loader
+            return
+        for part in (loader, getattr(loader, "sampler", None)):  # timm's loaders, DistributedSampler
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self.epoch)
+        if self.done == 0:
+            yield from loader
+            return
+        now = random_state()
+        self._restore_random_state(self.start)
+        batches = iter(loader)
+        for _ in range(self.done):
+            next(batches)
+        restore_random_state(now)
+        yield from batches
+
+    def _after_update(self) -> None:
+        assert self.losses is not None
+        updates, every = self.trainer.updates, self.trainer.config.checkpoint_steps
+        text = None
+        if updates % 20 == 0:
+            text = " ".join(f"{v / self.done:.3f}" for v in self.losses.tolist())
+        self.show(f"epoch {self.epoch + 1}/{self.trainer.epochs}" + (f"  loss {text}" if text else ""))
+        if self.stop.is_set():
+            if self.trainer.processes.num_processes == 1:  # several do not stop at the same update
+                self.save()
+            raise KeyboardInterrupt
+        if every and updates % every == 0:
+            self.save()
+
+    def _close_epoch(self, began: float) -> None:
+        trainer = self.trainer
+        lr = trainer.optimizer.param_groups[0]["lr"]
+        trainer.end_epoch(self.epoch + 1)
+        assert self.losses is not None
+        self._assert_good()
+        record: dict[str, Any] = {"epoch": self.epoch + 1, "updates": trainer.updates, "lr": lr}
+        record["train_loss"] = (reduce(self.losses.clone(), "mean") / self.done).tolist()
+        if self.val_loader is not None:
+            result = trainer.evaluate(self.val_loader)
+            record.update(accuracy=result["accuracy"], val_loss=result["loss"])
+        record["seconds"] = round(time.perf_counter() - began, 2)
+        self.history.epochs.append(record)
+        self.epoch, self.done, self.losses = self.epoch + 1, 0, None
+        self.save()
+        if self.main:
+            self._write_log("a", [record])
+            if self.log is not None:
+                self.log(record)
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+
+    def _assert_good(self) -> None:
+        """Never let a checkpoint of a diverged net replace a good one."""
+        if self.losses is not None and not bool(self.losses.isfinite().all()):
+            raise self.trainer.not_finite(f"mean losses {(self.losses / self.done).tolist()}")
+        bad = [n for n, t in self.trainer.net.state_dict().items() if not bool(t.isfinite().all())]
+        if bad:
+            raise self.trainer.not_finite(f"{bad[0]} is not finite")
+
+    def _write_log(self, mode: str, records: list[dict[str, Any]]) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / LOG, mode) as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+
+    # ------------------------------------------------------------------------------------------- saving, resuming
+
+    def save(self) -> None:
+        if self.folder is None:
+            return
+        self._assert_good()
+        if self.done:
+            self.trainer.share_buffers()
+        state = {
+            "settings": self.settings,
+            "trainer": self.trainer.state_dict(),
+            "epoch": self.epoch,
+            "done": self.done,
+            "losses": self.losses,
+            "history": self.history.epochs,
+            "random": gather_object([self._random_state()]),  # one per process
+            "start": gather_object([self.start if self.done else self._random_state()]),
+        }
+        if self.main:
+            save_checkpoint(self.folder / CHECKPOINT, state)
+        self.trainer.processes.wait_for_everyone()
+
+    def begin(self, resume: bool) -> None:
+        """Continue from the checkpoint, or start a new log."""
+        path = self.folder / CHECKPOINT if self.folder is not None else None
+        found = resume and path is not None and path.is_file()
+        if len(set(gather_object([(found, json.dumps(self.settings, sort_keys=True))]))) > 1:
+            raise SteppingError(
+                "the processes disagree: settings, batches per epoch and checkpoint_dir must be the same in all of them."
+            )
+        if found and path is not None:
+            self._resume(path)
+        if self.main:
+            self._write_log("w", self.history.epochs)
+
+    def _resume(self, path: Path) -> None:
+        state = load_checkpoint(path)
+        changed = _differences(state["settings"], self.settings)
+        if changed:
+            action = "Use the old values, resume=False, or another checkpoint_dir."
+            raise CheckpointError(f"{path} belongs to another run: {'; '.join(changed)}. {action}")
+        self.trainer.load_state_dict(state["trainer"])
+        self.epoch, self.done, self.history.epochs = state["epoch"], state["done"], state["history"]
+        self.losses = None if state["losses"] is None else state["losses"].to(self.trainer.device)
+        self.start = state["start"][self.rank]
+        self._restore_random_state(self.start)  # the loader's own generators are those of the start
+        restore_random_state(state["random"][self.rank])
+
+    def _random_state(self) -> dict[str, Any]:
+        return {**random_state(), "loader": [g.get_state() for g in self._loader_generators()]}
+
+    def _restore_random_state(self, state: dict[str, Any]) -> None:
+        restore_random_state(state)
+        for generator, saved in zip(self._loader_generators(), state["loader"]):
+            generator.set_state(saved)
+
+    def _loader_generators(self) -> list[torch.Generator]:
+        """Generators that an ordinary DataLoader was given."""
+        parts = (self.train_loader, getattr(self.train_loader, "sampler", None))
+        found = [getattr(part, "generator", None) for part in parts]
+        return [g for k, g in enumerate(found) if isinstance(g, torch.Generator) and g not in found[:k]]
+
+
+def _length(loader: Iterable[Batch]) -> int:
+    if not isinstance(loader, Sized):
+        raise SteppingError(
+            "the training loader has no length; the schedule needs the number of batches per epoch."
+        )
+    if len(loader) == 0:
+        action = "Check the data set; a loader with drop_last=True needs at least one whole batch."
+        raise SteppingError(explain("the training loader is empty", got="0 batches per epoch", action=action))
+    return len(loader)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples become lists, numbers used as keys become strings."""
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError as error:
+        raise SteppingError(f"config: {error}. Use numbers, strings, lists and dicts only.") from None
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
+
+
+def _seed(seed: int | None, rank: int) -> None:
+    """Every process has its own random numbers (dropout), repeatable from run to run."""
+    if seed is not None:
+        number = derive_seed("fit", seed, rank)
+        random.seed(number)
+        np.random.seed(number % 2**32)
+        torch.manual_seed(number)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event that the loop looks at between updates."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals belong to the main thread
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _bar(shown: bool, total: int, done: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on standard error; the function moves it on by one update."""
+    if not shown:
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("training", total=total, completed=done)
+        yield lambda text: bar.update(task, advance=1, description=text)
