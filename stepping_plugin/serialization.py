@@ -100,7 +100,9 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, *, device: str
     for candidate in _candidates(header, model, path):
         try:
             return _rebuild(candidate, header, dict(tensors), path).to(device or "cpu")
-        except (CaptureError, CheckpointError) as error:
+        except CaptureError:  # a model that cannot even run on the net's images
+            errors.append(str(_other_model(candidate, path)))
+        except CheckpointError as error:
             errors.append(str(error))
     raise CheckpointError(errors[0])
 

@@ -71,39 +71,40 @@ def copies_for(analysis: Analysis, factor: float, generator: torch.Generator) ->
 
     Extra copies are spread evenly: counts within a group differ by one at most, and chance decides where.
     """
-    tied = _statistics_sets(analysis)
     fixed = _cannot_grow(analysis)
-    copies = torch.ones(analysis.num_units, dtype=torch.long)
     uniform = torch.zeros(analysis.num_units, dtype=torch.bool)
-    for units, whole in tied:
+    copies = torch.ones(analysis.num_units, dtype=torch.long)
+    for units, bears_copies in _statistics_sets(analysis):
         uniform[units] = True
-        if not whole or bool(fixed[units].any()):
-            fixed[units] = True
-    for units, _ in tied:  # sets that share a unit fix one another: they are disjoint or equal after `_merge`
-        if not bool(fixed[units].any()):
+        if bears_copies and not bool(fixed[units].any()):
             copies[units] = math.floor(factor)
-    notes = []
     for group in analysis.groups:
         free = group.units[~(fixed | uniform)[group.units]]
         extra = round(factor * len(free)) - math.floor(factor) * len(free)
         copies[free] = math.floor(factor)
         copies[free[torch.randperm(len(free), generator=generator)[:extra]]] += 1
-        got = int(copies[group.units].sum())
-        if got < round(factor * len(group.units)):
-            why = (
-                "of shared or normalised weights"
-                if bool(fixed[group.units].any())
-                else "of statistics over its channels"
-            )
-            notes.append(
-                f"{group.name} has {got} of {round(factor * len(group.units))} units after widening: because {why} it grows "
-                "by whole factors only" + (", here not at all." if got == len(group.units) else ".")
-            )
-    return copies, notes
+    return copies, _notes(analysis, factor, copies, fixed)
+
+
+def _notes(analysis: Analysis, factor: float, copies: Tensor, fixed: Tensor) -> list[str]:
+    """One sentence per reason why groups are narrower than asked for."""
+    short: dict[str, list[str]] = {}
+    for group in analysis.groups:
+        if int(copies[group.units].sum()) < round(factor * len(group.units)):
+            reason = "their weights are transformed before use, or a statistic is taken over their channels"
+            if not bool(fixed[group.units].any()):
+                reason = "a statistic over their channels allows whole factors only"
+            short.setdefault(reason, []).append(group.name)
+    return [
+        f"widening by {factor:g} leaves {len(names)} of {len(analysis.groups)} groups of layers narrower than that, because "
+        f"{reason}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for reason, names in short.items()
+    ]
 
 
 def _statistics_sets(analysis: Analysis) -> list[tuple[Tensor, bool]]:
-    """Sets of units that enter a statistic over channels together, and whether it bears equal numbers of copies."""
+    """Disjoint sets of units that enter statistics over channels together, and whether those bear equal numbers of
+    copies."""
     found: list[tuple[set[int], bool]] = []
     for program in analysis.programs.values():
         for node in _statistics(program):

@@ -113,7 +113,7 @@ class Engine:
         caches.update(zip(program.outputs, results, strict=True))
         for name in program.released:
             del caches[name]
-        scores = caches[SCORES]
+        scores = caches[SCORES].clone()  # an ordinary tensor: what is made in inference mode cannot be changed outside
         self._wait()
         self.clock.record(level, len(scores), time.perf_counter() - began)
         return scores
@@ -148,8 +148,7 @@ class Engine:
             left = limit - (time.perf_counter() - began)
             if self.clock.estimate(session.subnet + 1, len(active), session.subnet) > left:
                 break
-            with torch.inference_mode():
-                logits[active.to(logits.device)] = session.step()
+            logits[active.to(logits.device)] = session.step()
             subnet[active] = session.subnet
         seconds = time.perf_counter() - began
         macs = torch.tensor([0, *self.macs])[subnet]

@@ -110,7 +110,7 @@ class Session:
             with torch.inference_mode():
                 axes = self._engine.cache_axes
                 self._caches = {name: _rows(c, axes[name], size, kept) for name, c in self._caches.items()}
-                self._history = tuple(scores.index_select(0, kept) for scores in self._history)
+            self._history = tuple(scores.index_select(0, kept) for scores in self._history)
 
     def _checked_mask(self, mask: Tensor) -> Tensor:
         size = self.batch_size

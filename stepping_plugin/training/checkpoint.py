@@ -22,8 +22,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stepping_plugin.errors import CheckpointError, explain
+from stepping_plugin.training.loader import derive_seed
 
-__all__ = ["load_checkpoint", "random_state", "restore_random_state", "save_checkpoint"]
+__all__ = ["load_checkpoint", "random_state", "restore_random_state", "save_checkpoint", "seed_generators"]
 
 FORMAT = "stepping-plugin checkpoint 1"
 _TAG = "$"  # the key that marks what JSON cannot say
@@ -146,3 +147,12 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():  # another machine has other generators
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_generators(seed: int | None, rank: int = 0) -> None:
+    """Seed Python, numpy and torch, every process differently; None leaves them alone."""
+    if seed is not None:
+        number = derive_seed("fit", seed, rank)
+        random.seed(number)
+        np.random.seed(number % 2**32)
+        torch.manual_seed(number)

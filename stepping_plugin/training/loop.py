@@ -1,10 +1,12 @@
 """The training loop: epochs, evaluation, log, checkpoints, resuming.
 
-    history = fit(net, train_loader, val_loader, TrainConfig(epochs=20, lr=0.05), teacher=original, checkpoint_dir="run")
+    fit(net, train_loader, val_loader, TrainConfig(epochs=20, lr=0.05), teacher=original,
+    checkpoint_dir="run")
 
-A run that is killed and started again with the same arguments continues from its last checkpoint and, on a CPU, ends
-with the same bits as an uninterrupted one. For that, batches must be repeatable: those of `training.data` are by
-construction; of an ordinary DataLoader the batches already done are drawn again from the saved random state.
+A run that is killed and started again with the same arguments continues from its last checkpoint and, on a
+CPU, ends with the same bits as an uninterrupted one. For that its batches must be repeatable. Those of
+`training.loader.EpochLoader` are by construction; of an ordinary DataLoader the batches already done are
+drawn again from the saved random state.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import random
 import signal
 import sys
 import threading
@@ -23,35 +24,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from stepping_plugin.errors import CheckpointError, SteppingError, explain
-from stepping_plugin.net import SteppingNet
 from stepping_plugin.training.checkpoint import (
     load_checkpoint,
     random_state,
     restore_random_state,
     save_checkpoint,
+    seed_generators,
 )
-from stepping_plugin.training.loader import derive_seed
+from stepping_plugin.training.evaluation import evaluate
+from stepping_plugin.training.loader import EpochLoader
 from stepping_plugin.training.losses import SubnetLoss
-from stepping_plugin.training.trainer import Batch, TrainConfig, Trainer, evaluate
+from stepping_plugin.training.trainer import Batch, TrainConfig, Trainer
 
 __all__ = ["History", "TrainConfig", "Trainer", "evaluate", "fit"]
 
 CHECKPOINT, LOG = "last.safetensors", "log.jsonl"
-
-# What may differ between a run and its continuation.
-_FREE_SETTINGS = ("device", "checkpoint_steps")
+_FREE_SETTINGS = ("device", "checkpoint_steps")  # may differ between a run and its continuation
 
 
 @dataclass
 class History:
-    """One record per epoch: epoch (from 1), updates, lr, train_loss, and with a validation loader accuracy and
-    val_loss; lists hold one number per subnet, accuracies are shares in [0, 1]."""
+    """One record per epoch.
+
+    Attributes:
+        epochs: dicts with epoch (from 1), updates, lr, train_loss, seconds and, with a validation loader,
+            accuracy
+            and val_loss. Losses and accuracies (shares in [0, 1]) are lists with one number per subnet.
+    """
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -82,12 +86,12 @@ def fit(
 ) -> History:
     """Train all subnets of a SteppingNet (Eq. 4, III-A2), or any classifier, in place.
 
-    In a distributed run (`accelerate launch`, `torchrun`) every process calls it with its own share of the data
-    (`EpochLoader(rank=, world=)`); gradients are averaged, so the learning rate belongs to the batch of all processes.
-    Batch norm normalises with the statistics of each process's own batch.
+    In a distributed run (`accelerate launch`, `torchrun`) every process calls it with its own share of the
+    data (`EpochLoader(rank=, world=)`). Gradients are averaged, so the learning rate belongs to the batch of
+    all processes together; batch norm normalises with the statistics of each process's own batch.
 
     Args:
-        net: left in eval mode on `config.device`; with `model_ema`, holding the averaged weights.
+        net: left in eval mode, on `config.device`; with `model_ema`, holding the averaged weights.
         train_loader: batches of (images, labels); must have a length.
         val_loader: evaluated after every epoch; None: no evaluation.
         config: hyperparameters.
@@ -103,8 +107,8 @@ def fit(
         The history, epochs before an interruption included.
 
     Raises:
-        SteppingError: data or teacher do not fit the net, or the loss is not finite; the last checkpoint stays.
-        CheckpointError: a checkpoint cannot be written, read, or belongs to another run.
+        SteppingError: data or teacher do not fit the net, or the loss is not finite; the checkpoint stays.
+        CheckpointError: a checkpoint cannot be written or read, or belongs to another run.
         KeyboardInterrupt: Ctrl-C, after the current update and a checkpoint. A second one stops at once.
     """
     config = config or TrainConfig()
@@ -113,10 +117,17 @@ def fit(
         return History()
     criterion = SubnetLoss(gamma, temperature, config.smoothing, subnet_weights, from_largest)
     updates_per_epoch = math.ceil(batches / config.grad_accum_steps)
-    was_training = teacher.training if teacher is not None else False
+    guided = teacher is not None and teacher.training
     trainer = Trainer(
-        net, config, updates_per_epoch, criterion=criterion, teacher=teacher, beta=beta, sequential=sequential, mixup=mixup
-    )  # fmt: skip
+        net,
+        config,
+        updates_per_epoch,
+        criterion=criterion,
+        teacher=teacher,
+        beta=beta,
+        sequential=sequential,
+        mixup=mixup,
+    )
     settings = {
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_SETTINGS},
         "loss": dataclasses.asdict(criterion),
@@ -130,27 +141,24 @@ def fit(
     }
     folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
     run = _Run(trainer, train_loader, val_loader, folder, _plain(settings), log)
-    _seed(config.seed, trainer.processes.process_index)
+    seed_generators(config.seed, trainer.processes.process_index)
     run.begin(resume)
-    shown = sys.stderr.isatty() if progress is None else progress
+    shown = run.main and (sys.stderr.isatty() if progress is None else progress)
+    total = trainer.epochs * updates_per_epoch
     try:
-        with (
-            _bar(shown and run.main, trainer.epochs * updates_per_epoch, trainer.updates) as run.show,
-            _ctrl_c() as run.stop,
-        ):
+        with _bar(shown, total, trainer.updates) as run.show, _ctrl_c() as run.stop:
             while run.epoch < trainer.epochs:
                 run.one_epoch()
     finally:
         net.eval()
         if teacher is not None:
-            teacher.train(was_training)
-    if trainer.ema is not None:
-        net.load_state_dict(trainer.ema.module.state_dict())
+            teacher.train(guided)
+    net.load_state_dict(trainer.averaged.state_dict())
     return run.history
 
 
 class _Run:
-    """Where a run stands (`epoch`, batches of it done, history), and how that is saved and found again."""
+    """Where a run stands (`epoch`, batches of it `done`, history), and how that is saved and found again."""
 
     show: Callable[[str], None]
     stop: threading.Event
@@ -172,7 +180,7 @@ class _Run:
         self.losses: Tensor | None = None  # sum over those batches, Tensor[N]
         self.start: dict[str, Any] = {}  # random state at the start of the epoch
 
-    # ------------------------------------------------------------------------------------------- epochs
+    # --- Epochs
 
     def one_epoch(self) -> None:
         began = time.perf_counter()
@@ -183,10 +191,10 @@ class _Run:
             losses = self.trainer.update(group) * len(group)
             self.losses = losses if self.losses is None else self.losses + losses
             self.done += len(group)
-            self._after_update()
+            self._after_update(self.losses)
         if self.losses is None:
             raise SteppingError("the training loader gives no batch, although its length is not 0.")
-        self._close_epoch(began)
+        self._close_epoch(self.losses / self.done, began)
 
     def _groups(self) -> Iterator[list[Batch]]:
         """Batches that are left in this epoch, `grad_accum_steps` at a time."""
@@ -200,12 +208,13 @@ class _Run:
             yield group
 
     def _remaining(self) -> Iterator[Batch]:
-        loader = self.train_loader
-        if hasattr(loader, "stream"):  # an EpochLoader starts anywhere
-            loader.set_epoch(self.epoch, self.done)  # type: ignore[attr-defined]
+        loader: Any = self.train_loader
+        if isinstance(loader, EpochLoader):
+            loader.set_epoch(self.epoch, self.done)
             yield from loader
             return
-        for part in (loader, getattr(loader, "sampler", None)):  # timm's loaders, DistributedSampler
+        parts: list[Any] = [loader, getattr(loader, "sampler", None)]
+        for part in parts:  # timm's loaders, DistributedSampler
             if hasattr(part, "set_epoch"):
                 part.set_epoch(self.epoch)
         if self.done == 0:
@@ -219,13 +228,12 @@ class _Run:
         restore_random_state(now)
         yield from batches
 
-    def _after_update(self) -> None:
-        assert self.losses is not None
+    def _after_update(self, losses: Tensor) -> None:
         updates, every = self.trainer.updates, self.trainer.config.checkpoint_steps
-        text = None
-        if updates % 20 == 0:
-            text = " ".join(f"{v / self.done:.3f}" for v in self.losses.tolist())
-        self.show(f"epoch {self.epoch + 1}/{self.trainer.epochs}" + (f"  loss {text}" if text else ""))
+        text = f"epoch {self.epoch + 1}/{self.trainer.epochs}"
+        if updates % 20 == 0:  # not every time: it waits for the device
+            text += "  loss " + " ".join(f"{v / self.done:.3f}" for v in losses.tolist())
+        self.show(text)
         if self.stop.is_set():
             if self.trainer.processes.num_processes == 1:  # several do not stop at the same update
                 self.save()
@@ -233,14 +241,13 @@ class _Run:
         if every and updates % every == 0:
             self.save()
 
-    def _close_epoch(self, began: float) -> None:
+    def _close_epoch(self, losses: Tensor, began: float) -> None:
         trainer = self.trainer
-        lr = trainer.optimizer.param_groups[0]["lr"]
+        record: dict[str, Any] = {"epoch": self.epoch + 1, "updates": trainer.updates}
+        record["lr"] = trainer.optimizer.param_groups[0]["lr"]
+        record["train_loss"] = reduce(losses, "mean").tolist()
         trainer.end_epoch(self.epoch + 1)
-        assert self.losses is not None
         self._assert_good()
-        record: dict[str, Any] = {"epoch": self.epoch + 1, "updates": trainer.updates, "lr": lr}
-        record["train_loss"] = (reduce(self.losses.clone(), "mean") / self.done).tolist()
         if self.val_loader is not None:
             result = trainer.evaluate(self.val_loader)
             record.update(accuracy=result["accuracy"], val_loss=result["loss"])
@@ -256,12 +263,13 @@ class _Run:
             raise KeyboardInterrupt
 
     def _assert_good(self) -> None:
-        """Never let a checkpoint of a diverged net replace a good one."""
+        """A checkpoint of a diverged net must not replace a good one."""
         if self.losses is not None and not bool(self.losses.isfinite().all()):
-            raise self.trainer.not_finite(f"mean losses {(self.losses / self.done).tolist()}")
-        bad = [n for n, t in self.trainer.net.state_dict().items() if not bool(t.isfinite().all())]
+            raise self.trainer.diverged(f"mean losses {(self.losses / self.done).tolist()}")
+        tensors = self.trainer.net.state_dict()
+        bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         if bad:
-            raise self.trainer.not_finite(f"{bad[0]} is not finite")
+            raise self.trainer.diverged(f"{bad[0]} is not finite")
 
     def _write_log(self, mode: str, records: list[dict[str, Any]]) -> None:
         if self.folder is not None:
@@ -269,7 +277,7 @@ class _Run:
             with open(self.folder / LOG, mode) as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
-    # ------------------------------------------------------------------------------------------- saving, resuming
+    # --- Saving and resuming
 
     def save(self) -> None:
         if self.folder is None:
@@ -297,7 +305,8 @@ class _Run:
         found = resume and path is not None and path.is_file()
         if len(set(gather_object([(found, json.dumps(self.settings, sort_keys=True))]))) > 1:
             raise SteppingError(
-                "the processes disagree: settings, batches per epoch and checkpoint_dir must be the same in all of them."
+                "the processes disagree: settings, batches per epoch and the contents of checkpoint_dir must be "
+                "the same for all of them."
             )
         if found and path is not None:
             self._resume(path)
@@ -314,7 +323,7 @@ class _Run:
         self.epoch, self.done, self.history.epochs = state["epoch"], state["done"], state["history"]
         self.losses = None if state["losses"] is None else state["losses"].to(self.trainer.device)
         self.start = state["start"][self.rank]
-        self._restore_random_state(self.start)  # the loader's own generators are those of the start
+        self._restore_random_state(self.start)  # for the loader's own generators
         restore_random_state(state["random"][self.rank])
 
     def _random_state(self) -> dict[str, Any]:
@@ -334,12 +343,10 @@ class _Run:
 
 def _length(loader: Iterable[Batch]) -> int:
     if not isinstance(loader, Sized):
-        raise SteppingError(
-            "the training loader has no length; the schedule needs the number of batches per epoch."
-        )
+        raise SteppingError("the training loader has no length; the schedule needs the batches per epoch.")
     if len(loader) == 0:
-        action = "Check the data set; a loader with drop_last=True needs at least one whole batch."
-        raise SteppingError(explain("the training loader is empty", got="0 batches per epoch", action=action))
+        action = "Check the data set; with drop_last=True it must hold one whole batch."
+        raise SteppingError(explain("the training loader is empty", got="0 batches", action=action))
     return len(loader)
 
 
@@ -356,15 +363,6 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
     return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
-
-
-def _seed(seed: int | None, rank: int) -> None:
-    """Every process has its own random numbers (dropout), repeatable from run to run."""
-    if seed is not None:
-        number = derive_seed("fit", seed, rank)
-        random.seed(number)
-        np.random.seed(number % 2**32)
-        torch.manual_seed(number)
 
 
 @contextmanager

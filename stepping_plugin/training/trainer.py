@@ -1,8 +1,8 @@
 """One optimizer update of all subnets: what a training loop repeats. The loop itself: `loop.fit`.
 
-accelerate gives the processes, their device and the exchange between them; precision and DDP are torch's own, because
-accelerate fixes the precision once per Python process and a run may train its stages (original, construction,
-retraining) with different ones.
+accelerate gives the processes, their device and the exchange between them. Precision and DDP are torch's own:
+accelerate fixes the precision once per Python process, but the stages of a run (training of the original,
+construction, retraining) may each have their own.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stepping_plugin.errors import CheckpointError, SteppingError, explain
 from stepping_plugin.net import SteppingNet
-from stepping_plugin.training.losses import SubnetLoss, cross_entropy
+from stepping_plugin.training.evaluation import AllScores, evaluate
+from stepping_plugin.training.losses import SubnetLoss
 from stepping_plugin.training.suppression import Suppression
 
-__all__ = ["TrainConfig", "Trainer", "evaluate"]
+__all__ = ["Batch", "TrainConfig", "Trainer", "assert_same_levels"]
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W); labels int64 (B,) or class probabilities (B, classes)
 
@@ -64,32 +65,31 @@ class TrainConfig:
     model_ema_warmup: bool = False
     channels_last: bool = False
     torchcompile: bool = False
-    seed: int | None = 0  # of Python, numpy and torch; None: leave the generators alone
+    seed: int | None = 0  # of Python, numpy and torch; None: leave their generators alone
     device: str = "auto"
     checkpoint_steps: int | None = None  # save also every so many updates, not only after every epoch
 
     @classmethod
     def of(cls, section: Any, **changes: Any) -> TrainConfig:
         """From anything that has some of these attributes, such as a section of a recipe."""
-        found = {
-            f.name: getattr(section, f.name) for f in dataclasses.fields(cls) if hasattr(section, f.name)
-        }
-        return cls(**{**found, **changes})
+        names = [f.name for f in dataclasses.fields(cls) if hasattr(section, f.name)]
+        return cls(**{**{name: getattr(section, name) for name in names}, **changes})
 
 
 class Trainer:
     """A net with its optimizer, schedule, suppression and teacher.
 
-    `net` stays the caller's module: its parameters are trained in place, on `config.device`.
+    `net` stays the caller's module: its parameters are trained in place, on `config.device`. Call
+    `net.train()` before the first update.
 
     Args:
         net: a SteppingNet, whose N subnets are trained together, or any classifier (N = 1).
         config: hyperparameters.
         updates_per_epoch: optimizer updates per epoch, for the schedule.
-        criterion: (scores[N, B, C], target, teacher scores) -> Tensor[N]; default: `SubnetLoss` with the config's smoothing.
+        criterion: (scores[N, B, C], target, teacher scores or None) -> Tensor[N]; None: `SubnetLoss`.
         teacher: gives class scores (B, C); evaluated without gradient.
         beta: of the weight-update suppression; 1: none.
-        sequential: the paper's updates, one per subnet in ascending order, for every batch. Costs N passes.
+        sequential: the paper's updates, for every batch one per subnet in ascending order. Costs N passes.
         mixup: (images, labels) -> (images, class probabilities), such as `timm.data.Mixup`.
 
     Raises:
@@ -115,48 +115,41 @@ class Trainer:
         self.layout = torch.preserve_format
         if config.channels_last:
             self.layout = torch.channels_last
-            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            net.to(memory_format=torch.channels_last)
         self.teacher = teacher.to(self.device).eval() if teacher is not None else None
         self.criterion = criterion or SubnetLoss(smoothing=config.smoothing)
-        owner = (
-            net.model if isinstance(net, SteppingNet) else net
-        )  # names and timm's rules are the original's
+        owner = net.model if isinstance(net, SteppingNet) else net  # knows what timm asks a model about
         self.optimizer = create_optimizer_v2(
             owner, config.opt, config.lr, config.weight_decay, config.momentum, **config.opt_kwargs
         )
         self.scheduler, self.epochs = _schedule(self.optimizer, config, updates_per_epoch)
-        self.suppression = self._suppression(beta)
-        self.subnets = (
-            range(1, net.num_subnets + 1) if sequential and isinstance(net, SteppingNet) else [None]
-        )
+        self.suppression: Suppression | None = None
+        self.subnets: Sequence[int | None] = [None]
+        if isinstance(net, SteppingNet):
+            assert_same_levels(net)
+            self.suppression = Suppression(net, beta, optimizer=self.optimizer)
+            self.subnets = range(1, net.num_subnets + 1) if sequential else [None]
         half = config.amp and config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        ema = {"decay": config.model_ema_decay, "use_warmup": config.model_ema_warmup}
-        self.ema = ModelEmaV3(net, **ema) if config.model_ema else None
+        self.ema: ModelEmaV3 | None = None
+        if config.model_ema:
+            self.ema = ModelEmaV3(net, config.model_ema_decay, use_warmup=config.model_ema_warmup)
         self.scores = self._wrapped()
         self.updates = 0
 
-    def _suppression(self, beta: float) -> Suppression | None:
-        if not isinstance(self.net, SteppingNet):
-            return None
-        assert_same_levels(self.net)
-        return Suppression(self.net, beta, optimizer=self.optimizer)
-
-    def _wrapped(self) -> nn.Module:
-        scores: nn.Module = _Scores(self.net)
+    def _wrapped(self) -> Callable[[Tensor], Tensor]:
+        scores: nn.Module = AllScores(self.net)
+        self._ddp: DistributedDataParallel | None = None
         if self.processes.num_processes > 1:
-            # Buffers are not broadcast at every step (masks among them); `share_buffers` evens out the statistics.
+            # No buffer is broadcast at every step (masks are buffers); `share_buffers` evens out statistics.
             ids = [self.device] if self.device.type == "cuda" else None
-            scores = DistributedDataParallel(scores, device_ids=ids, broadcast_buffers=False)
-        self._ddp = scores if isinstance(scores, DistributedDataParallel) else None
-        return torch.compile(scores) if self.config.torchcompile else scores  # type: ignore[return-value]
+            scores = self._ddp = DistributedDataParallel(scores, device_ids=ids, broadcast_buffers=False)
+        return torch.compile(scores) if self.config.torchcompile else scores
 
-    # ------------------------------------------------------------------------------------------- one update
+    # --- One update
 
     def update(self, batches: Sequence[Batch]) -> Tensor:
         """One optimizer update from one batch, or from several whose gradients are averaged.
-
-        The net must be in train mode.
 
         Returns:
             Mean loss of every subnet, Tensor[N].
@@ -168,15 +161,15 @@ class Trainer:
         guides = [self._teach(images) for images, _ in moved]
         total: Tensor | None = None
         for subnet in self.subnets:
-            losses = torch.stack([
-                self._backward(images, target, guide, subnet, len(moved), last=k == len(moved))
-                for k, ((images, target), guide) in enumerate(zip(moved, guides), start=1)
-            ]).mean(0)  # fmt: skip
-            if total is None:
-                total = losses
-            elif subnet is not None:
-                total[subnet - 1] = losses[subnet - 1]
+            losses = torch.zeros((), device=self.device)
+            for k, ((images, target), guide) in enumerate(zip(moved, guides), start=1):
+                with self._local(k < len(moved)):
+                    losses = losses + self._backward(images, target, guide, subnet, len(moved)) / len(moved)
             self._step(subnet)
+            if total is None or subnet is None:
+                total = losses
+            else:
+                total[subnet - 1] = losses[subnet - 1]
         assert total is not None
         self.updates += 1
         if self.scheduler is not None:
@@ -190,10 +183,10 @@ class Trainer:
         images = images.to(self.device, kind, non_blocking=True, memory_format=self.layout)
         target = target.to(self.device, non_blocking=True)
         if len(images) == 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.net.modules()):
-            action = "Use batch_size >= 2 (per process); a DataLoader with a last batch of one image needs drop_last=True."
-            raise SteppingError(
-                explain("batch norm cannot be trained on a batch of one image", action=action)
+            action = (
+                "Use batch_size >= 2 per process, and drop_last=True if only the last batch is that small."
             )
+            raise SteppingError(explain("batch norm cannot learn from a batch of one image", action=action))
         return self.mixup(images, target) if self.mixup is not None else (images, target)
 
     def _teach(self, images: Tensor) -> Tensor | None:
@@ -203,22 +196,25 @@ class Trainer:
         with torch.no_grad(), self._autocast():
             return self.teacher(images.to(kind))
 
+    def _local(self, more: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are exchanged once per update, with the last batch."""
+        return self._ddp.no_sync() if self._ddp is not None and more else contextlib.nullcontext()
+
     def _backward(
-        self, images: Tensor, target: Tensor, guide: Tensor | None, subnet: int | None, count: int, last: bool
+        self, images: Tensor, target: Tensor, guide: Tensor | None, subnet: int | None, count: int
     ) -> Tensor:
-        alone = self._ddp.no_sync() if self._ddp is not None and not last else contextlib.nullcontext()
-        with alone:
-            with self._autocast():
-                scores = self.scores(images)
-            if self.updates == 0:
-                _check_labels(target, scores)
-            losses = self.criterion(scores, target, guide)
-            self._assert_finite(losses)
-            if subnet is not None:
-                loss = losses[subnet - 1]
-            else:
-                loss = self.suppression.combine(losses) if self.suppression is not None else losses.sum()
-            self.scaler.scale(loss / count).backward()
+        """Add a batch's gradient, of all subnets or of one; returns the losses."""
+        with self._autocast():
+            scores = self.scores(images)
+        if self.updates == 0:
+            _check_labels(target, scores)
+        losses = self.criterion(scores, target, guide)
+        self._assert_finite(losses)
+        if subnet is not None:
+            loss = losses[subnet - 1]
+        else:
+            loss = self.suppression.combine(losses) if self.suppression is not None else losses.sum()
+        self.scaler.scale(loss / count).backward()
         return losses.detach()
 
     def _step(self, subnet: int | None) -> None:
@@ -240,40 +236,46 @@ class Trainer:
 
     def _assert_finite(self, losses: Tensor) -> None:
         if self.device.type != "cpu" and self.updates % 20:
-            return  # looking at a number on another device stops the queue; a NaN does not go away
+            return  # looking at a number of another device stops its queue; a NaN does not go away
         if not bool(losses.isfinite().all()):
-            raise self.not_finite(f"losses {[round(v, 4) for v in losses.tolist()]}")
+            raise self.diverged(f"losses {[round(v, 4) for v in losses.tolist()]}")
 
-    def not_finite(self, what: str) -> SteppingError:
+    def diverged(self, what: str) -> SteppingError:
+        """The error for a net that is lost."""
         lr = self.optimizer.param_groups[0]["lr"]
         return SteppingError(
-            f"training diverged: {what} at update {self.updates + 1}, lr {lr:.3g}. "
-            f"Lower lr, set clip_grad or warmup_epochs, and check that the images are finite numbers."
+            f"training diverged: {what} at update {self.updates + 1}, lr {lr:.3g}. Lower lr, set clip_grad or "
+            "warmup_epochs, and check that the images are finite numbers."
         )
 
-    # ------------------------------------------------------------------------------------------- epochs, state
+    # --- Epochs and state
 
     @property
     def averaged(self) -> nn.Module:
         """The net to evaluate: the moving average of the weights where one is kept."""
         return self.ema.module if self.ema is not None else self.net
 
-    def end_epoch(self, epochs_done: int) -> None:
-        """What happens once per epoch: schedules that count epochs, statistics of the processes evened out."""
+    def evaluate(self, loader: Iterable[Batch]) -> dict[str, list[float]]:
+        with self._autocast():
+            return evaluate(self.averaged, loader)
+
+    def end_epoch(self, epochs: int) -> None:
+        """After so many epochs: schedules that count them, statistics of all processes evened out."""
         if hasattr(self.optimizer, "sync_lookahead"):
             self.optimizer.sync_lookahead()
         if self.scheduler is not None:
-            self.scheduler.step(epochs_done)
+            self.scheduler.step(epochs)
         self.share_buffers()
 
     @torch.no_grad()
     def share_buffers(self) -> None:
         """Batch norm statistics: every process gets the mean over the processes."""
-        if self.processes.num_processes > 1:
-            for module in {self.net, self.averaged}:
-                for buffer in module.buffers():
-                    if buffer.is_floating_point():
-                        buffer.copy_(reduce(buffer.clone(), "mean"))
+        if self.processes.num_processes == 1:
+            return
+        for module in [self.net] if self.ema is None else [self.net, self.ema.module]:
+            for buffer in module.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(reduce(buffer, "mean"))
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on, apart from the random generators."""
@@ -286,76 +288,23 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        own = self.net.state_dict()
-        same = {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in state["net"].items()}
-        if not same or not torch.equal(
-            own.get("unit_levels", _NONE).cpu(), state["net"].get("unit_levels", _NONE)
-        ):
+        """Continue where `state_dict` was taken; the net must have the same levels already.
+
+        Raises:
+            CheckpointError: the state belongs to another net.
+        """
+        own, theirs = self.net.state_dict(), state["net"]
+        same = {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in theirs.items()}
+        if same and "unit_levels" in own:
+            same = torch.equal(own["unit_levels"].cpu(), theirs["unit_levels"].cpu())
+        if not same:
             raise CheckpointError("the checkpoint belongs to another net: its tensors or its levels differ.")
-        self.net.load_state_dict(state["net"])
+        self.net.load_state_dict(theirs)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.updates = state["updates"]
-
-    def evaluate(self, loader: Iterable[Batch]) -> dict[str, list[float]]:
-        with self._autocast():
-            return evaluate(self.averaged, loader)
-
-
-_NONE = torch.zeros(0)
-
-
-class _Scores(nn.Module):
-    """Class scores (N, B, classes) through `forward`, as DDP and torch.compile need it."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (
-            self.net.forward_all(images)
-            if isinstance(self.net, SteppingNet)
-            else self.net(images).unsqueeze(0)
-        )
-
-
-@torch.no_grad()
-def evaluate(net: nn.Module, loader: Iterable[Batch]) -> dict[str, list[float]]:
-    """Accuracy (a share in [0, 1]) and mean cross entropy of every subnet, in one pass, over all processes.
-
-    Args:
-        net: a SteppingNet, or any classifier (N = 1); evaluated where it is, its mode is restored.
-        loader: batches of (images, labels); in a distributed run, this process's share.
-
-    Returns:
-        {"accuracy": [N floats], "loss": [N floats]}
-
-    Raises:
-        SteppingError: no batch.
-    """
-    first, mode, scores = next(net.parameters()), net.training, _Scores(net)
-    kind = torch.float32 if first.device.type == "mps" else torch.float64
-    sums: Tensor | None = None
-    net.eval()
-    try:
-        for images, labels in loader:
-            found = scores(images.to(first.device, first.dtype))
-            labels = labels.to(first.device)
-            correct = (found.argmax(-1) == labels).sum(1).to(kind)
-            loss = cross_entropy(found, labels).to(kind) * len(labels)
-            counts = torch.stack([correct, loss, torch.full_like(loss, len(labels))])
-            sums = counts if sums is None else sums + counts
-    finally:
-        net.train(mode)
-    if sums is None:
-        raise SteppingError(
-            "the validation loader gives no batch: its data set is empty, or smaller than a dropped batch."
-        )
-    correct, loss, count = reduce(sums, "sum")
-    return {"accuracy": (correct / count).tolist(), "loss": (loss / count).tolist()}
 
 
 def assert_same_levels(net: SteppingNet) -> None:
@@ -367,15 +316,15 @@ def assert_same_levels(net: SteppingNet) -> None:
     digest = hashlib.blake2b(net.levels.numpy().tobytes(), digest_size=8).hexdigest()
     if len(set(gather_object([digest]))) > 1:
         raise SteppingError(
-            "the levels differ between the processes. Construct the net with the same seed and data in every process, or "
-            "construct it once, save it and load it everywhere."
+            "the levels differ between the processes. Construct the net with the same seed and data in every "
+            "process, or construct it once, save it and load it everywhere."
         )
 
 
 def _schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int
 ) -> tuple[Any, int]:
-    """timm's scheduler (None for sched="none") and the number of epochs, warm-up and cooldown included."""
+    """timm's scheduler (None for sched="none") and the number of epochs, cooldown included."""
     return create_scheduler_v2(
         optimizer,
         config.sched,
@@ -394,21 +343,13 @@ def _schedule(
 
 def _check_labels(target: Tensor, scores: Tensor) -> None:
     """Before the first update: labels that the net has no score for would fail deep inside of torch."""
-    classes = scores.shape[-1]
+    classes, what = scores.shape[-1], "labels do not fit the net"
     if target.is_floating_point():
-        wrong = "" if target.shape == scores.shape[1:] else f"shape {tuple(target.shape)}"
-    else:
-        low, high = int(target.min()), int(target.max())
-        wrong = "" if low >= 0 and high < classes else f"labels {low} to {high}"
-    if wrong:
-        action = (
-            f"Make the model with num_classes={int(target.max()) + 1} or more." if "labels" in wrong else None
-        )
-        raise SteppingError(
-            explain(
-                "labels do not fit the net",
-                got=wrong,
-                expected=f"0 to {classes - 1}, the net's classes",
-                action=action,
-            )
-        )
+        if target.shape != scores.shape[1:]:
+            expected = f"{tuple(scores.shape[1:])}, a probability per class"
+            raise SteppingError(explain(what, got=f"shape {tuple(target.shape)}", expected=expected))
+        return
+    low, high = int(target.min()), int(target.max())
+    if low < 0 or high >= classes:
+        expected, action = f"0 to {classes - 1}", "Make the model with as many classes as the data has."
+        raise SteppingError(explain(what, got=f"labels {low} to {high}", expected=expected, action=action))

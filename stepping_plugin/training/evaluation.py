@@ -1,0 +1,70 @@
+"""Accuracy of every subnet in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from stepping_plugin.errors import SteppingError, explain
+from stepping_plugin.net import SteppingNet
+from stepping_plugin.training.losses import cross_entropy
+
+__all__ = ["AllScores", "evaluate"]
+
+
+class AllScores(nn.Module):
+    """Class scores (N, B, C) through `forward`, where DDP and torch.compile hook in; plain models have N = 1."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        if isinstance(self.net, SteppingNet):
+            return self.net.forward_all(images)
+        scores = self.net(images)
+        if not isinstance(scores, Tensor) or scores.dim() != 2:
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise SteppingError(
+                explain("the model is no classifier", got=got, expected="class scores (B, C)")
+            )
+        return scores.unsqueeze(0)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, list[float]]:
+    """Accuracy (a share in [0, 1]) and mean cross entropy of every subnet, over all processes.
+
+    Args:
+        net: a SteppingNet, or any classifier (N = 1); evaluated where it is, its mode is restored.
+        loader: batches of (images, labels); in a distributed run, this process's share.
+
+    Returns:
+        {"accuracy": [N floats], "loss": [N floats]}
+
+    Raises:
+        SteppingError: no batch.
+    """
+    first, mode, scores = next(net.parameters()), net.training, AllScores(net)
+    kind = torch.float32 if first.device.type == "mps" else torch.float64
+    sums: Tensor | None = None
+    net.eval()
+    try:
+        for images, labels in loader:
+            found = scores(images.to(first.device, first.dtype, non_blocking=True))
+            labels = labels.to(first.device, non_blocking=True)
+            correct = (found.argmax(-1) == labels).sum(1).to(kind)
+            loss = cross_entropy(found, labels).to(kind) * len(labels)
+            counts = torch.stack([correct, loss, torch.full_like(loss, len(labels))])
+            sums = counts if sums is None else sums + counts
+    finally:
+        net.train(mode)
+    if sums is None:
+        raise SteppingError(
+            "the validation loader gives no batch. Check the data set, or leave val_loader out."
+        )
+    correct, loss, count = reduce(sums, "sum")
+    return {"accuracy": (correct / count).tolist(), "loss": (loss / count).tolist()}

@@ -1,0 +1,321 @@
+"""The engine: sessions give what the nested net gives, and execute the MACs that they report, no more."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from nets import ARCHITECTURES, FAMILIES, Plain, image_size, images, make, nested, random_levels, relative
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from stepping_plugin.engine import compile_engine, entropy, margin, max_probability
+from stepping_plugin.engine.bench import equal_levels
+from stepping_plugin.engine.clock import StepClock
+from stepping_plugin.errors import SteppingError
+from stepping_plugin.integrations.fvcore.counting import count_macs
+
+TOLERANCE = 1e-9
+
+
+def scores_of(net, x):
+    with torch.no_grad():
+        return net.eval().forward_all(x)
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def model(request):
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A net, its engine, eight images and their scores; not to be changed."""
+    net = nested(make("test_resnet"), seed=3).eval()
+    x = images(net.analysis.image_size, 8)
+    return net, compile_engine(net), x, scores_of(net, x)
+
+
+def check_engine(net, batches=(1, 3, 8), **options):
+    """Every subnet of one engine at several batch sizes, and after samples were dropped."""
+    engine = compile_engine(net, **options)
+    for batch in batches:
+        x = images(net.analysis.image_size, batch, seed=batch)
+        expected = scores_of(net, x)
+        session = engine.start(x)
+        for i in range(1, engine.num_subnets + 1):
+            if i > 1:
+                session.step()
+            assert session.subnet == i and session.macs == engine.macs[i - 1]
+            assert relative(session.logits, expected[i - 1]) < TOLERANCE
+            if batch == 8 and i < 4:
+                mask = torch.arange(len(session.logits)) % 3 != i % 3
+                session.keep(mask)
+                expected = expected[:, mask]
+                for j in range(1, i + 1):
+                    assert relative(session.logits_of(j), expected[j - 1]) < TOLERANCE
+    return engine
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_sessions_equal_the_nested_net(model, seed):
+    check_engine(nested(model, seed=seed).eval())
+
+
+def test_programs_without_side_effects_equal_the_nested_net(model):
+    check_engine(nested(model, seed=1).eval(), batches=(2, 8), in_place=False)
+
+
+def test_spare_units_are_never_computed(model):
+    net = nested(model, seed=None).eval()
+    net.set_levels(random_levels(net.analysis, 4, seed=5, spare=True))
+    engine = check_engine(net, batches=(2,))
+    spare = net.levels == 5
+    for tensor in net.model.parameters():
+        assert torch.isfinite(tensor).all()
+    assert bool(spare.any())
+    for name, (out_units, _) in net.analysis.weight_units.items():
+        own = torch.where(out_units >= 0, net.levels[out_units.clamp(min=0)], 1) == 5
+        weight = dict(net.model.named_parameters(remove_duplicate=False)).get(name)
+        if weight is not None and len(weight) == len(own):
+            weight.data[own] = float("nan")
+    x = images(net.analysis.image_size, 2)
+    for before, after in zip(engine.steps(x), compile_engine(net).steps(x)):
+        assert torch.equal(before, after)
+
+
+def test_all_units_at_level_one_leave_nothing_to_step(model):
+    net = nested(model, seed=None).eval()
+    engine = check_engine(net, batches=(2,))
+    assert engine.macs == [net.macs_model.total] * 4
+
+
+@pytest.mark.parametrize("seed", [1, 2, None])
+def test_executed_macs_are_the_reported_ones(model, seed):
+    """Counted on what runs, by two counters; with equal shares of all widths every unit matters."""
+    net = nested(model, seed=seed).eval()
+    if seed is None:
+        net.set_levels(equal_levels(net.analysis, 4))
+    engine = compile_engine(net)
+    if seed is None:
+        assert engine.macs == net.macs
+    assert all(executed <= counted for executed, counted in zip(engine.macs, net.macs))
+    caches = {"image": images(net.analysis.image_size, 1)}
+    for program, before, after in zip(engine.programs, [0, *engine.macs], engine.macs):
+        inputs = tuple(caches[name].clone() for name in program.inputs)
+        assert count_macs(program.module, inputs).total == after - before
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            engine.run_step(program.level, caches)
+        assert counter.get_total_flops() == 2 * (after - before)
+
+
+def test_a_users_network_steps_too():
+    torch.manual_seed(1)
+    model = Plain().double().eval()
+    check_engine(nested(model, seed=1, size=(3, 16, 16)).eval())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_lower_precision(dtype, tolerance):
+    net = nested(make("test_convnext"), seed=1).eval()
+    x = images(net.analysis.image_size, 2)
+    expected = scores_of(net, x)
+    engine = compile_engine(copy.deepcopy(net).to(dtype))
+    for scores, exact in zip(engine.steps(x.to(dtype)), expected):
+        assert relative(scores.double(), exact) < tolerance
+
+
+# ------------------------------------------------------------------------------------------------- sessions
+
+
+def test_sessions_share_an_engine_without_meeting(small):
+    _, engine, x, expected = small
+    a, b = engine.start(x[:2]), engine.start(x[2:7])
+    a.step(), b.step(), b.step(), a.step()
+    assert relative(a.logits, expected[2, :2]) < TOLERANCE and relative(b.logits, expected[2, 2:7]) < TOLERANCE
+
+
+def test_threads_share_an_engine(small):
+    _, engine, x, expected = small
+    found = {}
+
+    def work(k):
+        found[k] = list(engine.steps(x[k : k + 1]))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    for k in range(8):
+        assert all(relative(s, e[k : k + 1]) < TOLERANCE for s, e in zip(found[k], expected))
+
+
+def test_earlier_scores_stay_and_caches_go(small):
+    _, engine, x, expected = small
+    session = engine.start(x)
+    first = session.logits.clone()
+    held = session.cache_bytes
+    while session.subnet < 4:
+        session.step()
+    assert torch.equal(session.logits_of(1), first) and len(session.history) == 4
+    assert held > 0 and session.cache_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda s: [s.step() for _ in range(4)],
+        lambda s: s.logits_of(2),
+        lambda s: s.logits_of(True),
+        lambda s: s.keep([True] * 8),
+        lambda s: s.keep(torch.ones(7, dtype=torch.bool)),
+        lambda s: s.keep(torch.ones(8)),
+        lambda s: s.keep(torch.zeros(8, dtype=torch.bool)),
+    ],
+)
+def test_misused_session(small, act):
+    _, engine, x, expected = small
+    session = engine.start(x)
+    with pytest.raises(SteppingError):
+        act(session)
+    assert relative(session.logits, expected[session.subnet - 1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 160, 160), (2, 3, 161, 160), (3, 160, 160), (0, 3, 160, 160)])
+def test_wrong_images(small, shape):
+    with pytest.raises(SteppingError, match="expected"):
+        small[1].start(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_wrong_type_of_images(small):
+    with pytest.raises(SteppingError, match="float32"):
+        small[1].start(small[2].float())
+    with pytest.raises(SteppingError, match="tensor"):
+        small[1].start([1, 2])
+
+
+def test_a_sample_of_nans_stays_alone(small):
+    _, engine, x, expected = small
+    x = x.clone()
+    x[2] = float("nan")
+    others = torch.arange(8) != 2
+    for scores, exact in zip(engine.steps(x), expected):
+        assert relative(scores[others], exact[others]) < TOLERANCE and scores[2].isnan().all()
+    result = engine.predict(x, until={"max_prob": 0.0})
+    assert result.subnet.tolist() == [1, 1, 4, 1, 1, 1, 1, 1]
+
+
+def test_engine_of_a_changed_net():
+    net = nested(make("lenet5"), seed=1).eval()
+    x = images(net.analysis.image_size)
+    engine = compile_engine(net)
+    session = engine.start(x)
+    net.set_levels(random_levels(net.analysis, 4, seed=9))
+    session.step()  # what has begun goes on: the engine has its own weights
+    with pytest.raises(SteppingError, match="levels differ"):
+        engine.start(x)
+    engine = compile_engine(net)
+    with torch.no_grad():
+        next(net.model.parameters()).mul_(2)
+    with pytest.raises(SteppingError, match="weights differ"):
+        engine.start(x)
+    engine = compile_engine(net)
+    del net
+    engine.start(x)
+
+
+# ------------------------------------------------------------------------------------------------- predict
+
+
+def test_predict_without_a_rule_runs_all_subnets(small):
+    _, engine, x, expected = small
+    result = engine.predict(x)
+    assert relative(result.logits, expected[3]) < TOLERANCE
+    assert result.subnet.tolist() == [4] * 8 and result.macs.tolist() == [engine.macs[3]] * 8
+    assert torch.equal(result.classes, expected[3].argmax(-1)) and result.in_time
+
+
+@pytest.mark.parametrize("kind", ["max_prob", "margin", "entropy", "own"])
+def test_every_sample_stops_by_the_rule(small, kind):
+    """Against the rule applied to the scores of all subnets at once."""
+    _, engine, x, expected = small
+    probabilities = expected.softmax(-1)
+    best = probabilities.topk(2, -1).values
+    measure = {
+        "max_prob": best[..., 0],
+        "margin": best[..., 0] - best[..., 1],
+        "entropy": (probabilities * probabilities.log()).sum(-1),
+        "own": expected[..., 0],
+    }[kind]
+    threshold = float(measure.quantile(0.7))
+    until = {
+        "max_prob": max_probability(threshold) if kind == "max_prob" else None,
+        "margin": {"margin": threshold},
+        "entropy": entropy(-threshold) if kind == "entropy" else None,
+        "own": lambda scores: scores[:, 0] >= threshold,
+    }[kind]
+    result = engine.predict(x, until=until)
+    stops = measure >= threshold
+    stops[3] = True
+    wanted = stops.long().argmax(0)
+    assert result.subnet.tolist() == (wanted + 1).tolist()
+    assert len(set(result.subnet.tolist())) > 1
+    for k in range(8):
+        assert relative(result.logits[k], expected[wanted[k], k]) < TOLERANCE
+        assert int(result.macs[k]) == engine.macs[int(wanted[k])]
+
+
+@pytest.mark.parametrize(
+    "until",
+    [{}, {"max_prop": 0.5}, {"max_prob": 1.5}, {"entropy": -1}, {"margin": "high"}, 0.5, lambda s: s, lambda s: s[0, 0] > 0, lambda s: True],
+)
+def test_wrong_rules(small, until):
+    with pytest.raises(SteppingError):
+        small[1].predict(small[2], until=until)
+
+
+def test_rules_check_their_thresholds():
+    for rule in (max_probability, margin):
+        with pytest.raises(SteppingError, match="from 0 to 1"):
+            rule(2)
+
+
+def test_deadline_decides_by_measured_times(small, monkeypatch):
+    """Times are made up, so the answer is known: steps of 10 s do not fit into 5 s, steps of 1 ms do."""
+    _, engine, x, expected = small
+    for seconds, subnet in ((10.0, 1), (1e-3, 4)):
+        monkeypatch.setattr(engine.clock, "estimate", lambda level, size, last, t=seconds: t)
+        result = engine.predict(x, deadline=5.0)
+        assert result.subnet.tolist() == [subnet] * 8
+        assert relative(result.logits, expected[subnet - 1]) < TOLERANCE
+    monkeypatch.undo()
+    late = engine.predict(x, deadline=0.0)
+    assert late.subnet.tolist() == [1] * 8 and not late.in_time
+    for wrong in ("soon", float("nan"), True):
+        with pytest.raises(SteppingError, match="deadline"):
+            engine.predict(x, deadline=wrong)
+
+
+def test_clock_estimates():
+    clock = StepClock([100, 200])
+    clock.record(1, 2, 1.0)
+    assert clock.estimate(2, 2, last=1) >= 2.0  # never measured: by its MACs
+    for seconds in (1.0, 1.1, 5.0, 1.0):
+        clock.record(2, 2, seconds)
+    assert clock.estimate(2, 2) == 5.0  # nearly the slowest
+    assert clock.estimate(2, 4) == 10.0  # a larger batch: in proportion
+    assert clock.estimate(2, 1) == 5.0  # a smaller one is no slower
+    clock.record(1, 2, 3.0)  # three times as slow as usual: so will the next step be
+    assert clock.estimate(2, 2, last=1) == pytest.approx(15.0)
+
+
+# ------------------------------------------------------------------------------------------------- acceptance list
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name):
+    model = make(name)
+    for seed in (1, 2):
+        net = nested(model, seed=seed).eval()
+        check_engine(net)
+        test_executed_macs_are_the_reported_ones(model, seed)
