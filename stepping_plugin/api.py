@@ -19,7 +19,7 @@ from .net import SteppingNet
 from .serialization import describe_origin
 from .witness import find_units
 
-__all__ = ["apply_steppingnet"]
+__all__ = ["apply_steppingnet", "check_model", "reference_notes"]
 
 
 def apply_steppingnet(
@@ -56,13 +56,12 @@ def apply_steppingnet(
         CaptureError: the model cannot be captured, or has no units that can move.
         SteppingError: unsuitable arguments.
     """
-    image_size = _image_size(model, example_inputs)
-    _check_precision(model)
+    image_size = check_model(model, example_inputs)
     owner = _private_copy(model)
     analysis = find_units(owner, image_size)
     macs_model = MacModel(analysis)
     reference = macs_model.total
-    notes = _cross_check(owner, image_size, reference)
+    notes = reference_notes(owner, image_size, reference)
     allowed = parse_budgets(budgets, reference)
     check_budgets(analysis, macs_model, allowed, reference)
     if train_loader is not None or config is not None:
@@ -77,6 +76,17 @@ def apply_steppingnet(
     net.notes = notes + list(assigned.notes)
     net.train(model.training)
     return net if device is None else net.to(device)
+
+
+def check_model(model: nn.Module, example_inputs: Tensor | None) -> tuple[int, ...]:
+    """Refuse what cannot be converted; returns the image size (C, H, W).
+
+    Raises:
+        SteppingError: not a module, no weights, half precision, no or a wrong example.
+    """
+    image_size = _image_size(model, example_inputs)
+    _check_precision(model)
+    return image_size
 
 
 def _image_size(model: nn.Module, example_inputs: Tensor | None) -> tuple[int, ...]:
@@ -125,7 +135,7 @@ def _private_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _cross_check(model: nn.Module, image_size: tuple[int, ...], expected: int) -> list[str]:
+def reference_notes(model: nn.Module, image_size: tuple[int, ...], expected: int) -> list[str]:
     """Count the original network with fvcore, operator by operator, as a check of the channel graph's own count."""
     reference = next(model.parameters())
     image = torch.zeros(1, *image_size, dtype=reference.dtype, device=reference.device)

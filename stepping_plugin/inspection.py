@@ -36,7 +36,7 @@ def inspect_model(model: nn.Module, image_size: tuple[int, ...], *, time_limit: 
     seconds = {**analysis.seconds, "torch-pruning": toolkit.seconds}
     holds = bool(analysis.unknown) and bool(comparison.only_toolkit)
     if holds:
-        analysis = join_units(analysis, comparison.only_toolkit)
+        analysis, _ = join_units(analysis, comparison.only_toolkit)
     start = time.perf_counter()
     macs_model = MacModel(analysis)
     counted = count_macs(model, (image,))

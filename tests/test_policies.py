@@ -14,7 +14,8 @@ from stepping_plugin import BudgetError, SteppingError
 from stepping_plugin.construction.counts import CountModel, UnitClasses
 from stepping_plugin.construction.importance import magnitude_scores
 from stepping_plugin.construction.landing import Planner, cut_off_groups, find_plugs, head_units, land
-from stepping_plugin.construction.policies import POLICIES, assign, needed_widening, uniform_band
+from stepping_plugin.construction.policies import POLICIES, assign
+from stepping_plugin.construction.uniform import needed_widening, uniform_band
 from stepping_plugin.levels import locked_units, parse_budgets
 from stepping_plugin.macs import MacModel
 from stepping_plugin.net import SteppingNet
@@ -135,7 +136,9 @@ def test_no_empty_layer_and_no_plug(name, policy):
             assert bool((counts[:n] > 0).all()), f"{name} has no new unit in some subnet: {counts.tolist()}"
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_convnext"]
+)  # test_vit's heads are too coarse for a band
 def test_steppingnet_stays_in_its_band_and_keeps_the_best(name):
     analysis, macs, scores = case(name)
     budgets = parse_budgets([0.15, 0.3, 0.5], macs.total)
@@ -236,7 +239,7 @@ def test_budgets_too_close_for_a_new_unit():
 
 def test_budget_below_the_floor():
     analysis, macs, scores = case("test_vit")
-    with pytest.raises(BudgetError, match="Raise budget 1 to 10.9% or more"):
+    with pytest.raises(BudgetError, match=r"Raise budget 1 to 10\.9% or more"):
         assign(analysis, macs, parse_budgets([0.1, 0.5], macs.total), scores)
 
 
@@ -273,10 +276,9 @@ def test_coarse_units_are_explained():
         assert_lands(result, budgets)
         missed += len(result.notes)
         assert all("the smallest unit that could be added (conv" in note for note in result.notes)
-        best = max(  # every pair of widths
-            (m for a in range(1, 6) for b in range(1, 6) if (m := _coarse_macs(a, b)) <= budgets[0])
-        )
-        assert result.macs[0] >= 0.99 * best or not result.notes or best < 0.99 * budgets[0]
+        pairs = [_coarse_macs(a, b) for a in range(1, 6) for b in range(1, 6)]
+        reachable = any(0.99 * budgets[0] <= m <= budgets[0] for m in pairs)
+        assert reachable == (not result.notes)
     assert missed, "this network was made to miss budgets"
 
 

@@ -217,6 +217,7 @@ class _Walk:
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         self.finished = False
+        self.stride = 1  # most positions per channel where a map is flattened
         self.names: list[str] = []
         self.layers: list[_State] = []
         self.explored: set[_State] = set()
@@ -237,6 +238,8 @@ class _Walk:
                 neighbour = states.get((dependency.target, dependency.handler))
                 if neighbour is not None and dependency.is_triggered_by(function):
                     state.edges.append((neighbour, [m for m in dependency.index_mapping if m is not None]))
+        mappings = [m for state in states.values() for _, way in state.edges for m in way]
+        self.stride = max([getattr(m, "_stride", 1) for m in mappings], default=1)
         self.layers = [state for state in states.values() if state.width is not None]
         present = {state.module for state in self.layers if isinstance(state.module, _LAYERS)}
         self.names = [name for name, module in graph.model.named_modules() if module in present]
@@ -270,7 +273,7 @@ class _Walk:
     def _explore(self, origin: _State) -> bool:
         """Relations of one layer, all its channels at once; False when the time is up."""
         channels = np.arange(origin.width or 0)
-        bound = 8 * max(layer.width or 0 for layer in self.layers)
+        widest = max(layer.width or 0 for layer in self.layers)
         seen: dict[_State, _Seen] = defaultdict(_Seen)
         todo = [(origin, _Pairs(channels, channels))]
         while todo:
@@ -288,7 +291,7 @@ class _Walk:
                         self.relations[origin, neighbour].append(there)
                     continue
                 fresh = seen[neighbour].add(there)
-                if seen[neighbour].diverges(bound):
+                if seen[neighbour].diverges(widest, self.stride):
                     self.divergent.add(neighbour)
                 if neighbour in self.divergent and there.index.size:
                     self.runaways.add(origin)
@@ -362,13 +365,13 @@ class _Seen:
         self.keys = _EMPTY
         self.widest = 0
 
-    def diverges(self, bound: int) -> bool:
+    def diverges(self, width: int, stride: int) -> bool:
         """Mappings that feed on each other do not end (the toolkit itself does not come back from them).
 
-        An operator is hardly wider than the layers around it, meets few channels per index (q, k and v: 3),
-        and is reached with news once per branch.
+        An operator is hardly wider than the layers around it, meets few channels per index (q, k and v: 3; all
+        positions of a channel, where maps are flattened) and is reached with news once per branch.
         """
-        return len(self.arrived) > 32 or self.keys.size > bound or self.widest > bound
+        return len(self.arrived) > 32 or self.widest > 8 * width or self.keys.size > 8 * width * stride
 
     def add(self, pairs: _Pairs) -> _Pairs:
         """The part of ``pairs`` that is new."""

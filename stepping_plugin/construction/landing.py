@@ -21,8 +21,9 @@ from ..levels import check_scores
 from ..macs import MacModel
 from ..units import Analysis
 from .counts import Array, CountModel, UnitClasses, to_array
+from .uniform import Band, uniform_band
 
-__all__ = ["Band", "LandingResult", "Planner", "Plug", "cut_off_groups", "find_plugs", "head_units", "land"]
+__all__ = ["LandingResult", "Planner", "Plug", "cut_off_groups", "find_plugs", "head_units", "land"]
 
 ENOUGH = 0.99  # a subnet that costs less than this share of its budget needs a reason
 GOAL = 0.998  # landing stops adding here: the last permille would go to whatever is cheap, against the score
@@ -31,18 +32,6 @@ GOAL = 0.998  # landing stops adding here: the last permille would go to whateve
 IN_BAND, NEAR_BAND, NEW_UNITS, NEW_HEAD_UNITS, LOCKS_ONLY = TIERS = range(5)
 BATCH = 0.25  # share of the distance to the target that is covered at once, before values are computed anew
 NEAR = 0.1  # how much of a bound `NEAR_BAND` gives up
-
-
-@dataclass
-class Band:
-    """Bounds on every width: arrays (W, N), column i - 1 for subnet i.
-
-    `lower` and `upper` bound the units of levels <= i; `new` is the least number of units of level i itself.
-    """
-
-    lower: Array
-    upper: Array
-    new: Array
 
 
 @dataclass
@@ -166,6 +155,11 @@ class Planner:
             units = self._allowed(units[np.argsort(value, kind="stable")], quota, saved > 0)
             if not len(units):
                 return False
+            cost = saved[self.classes.of_unit[units]]
+            if cost.min() >= excess:  # the last move: overshoot as little as possible
+                units = units[[np.argmin(cost)]]
+            else:
+                units = units[cost <= excess]
             self._move(units[: max(1, self._fitting(units, saved, BATCH * excess))], subnet + 1)
         return True
 
@@ -319,16 +313,26 @@ def land(
         budgets: MACs of subnets 1..N, ascending.
         scores: (num_units,) importance, higher is better.
         locked: BoolTensor (num_units,) from `levels.locked_units`.
-        band: bounds on the widths that moves keep as long as the budget can be met inside them.
+        band: bounds on the widths that moves keep as long as the budget can be met inside them; by default
+            those of `uniform_band`, or what `levels` has where that is outside.
 
     Raises:
         BudgetError: a subnet is above its budget with everything moved out that may move.
     """
     planner = Planner(analysis, macs_model, levels, len(budgets), scores, locked, band)
+    if band is None:
+        planner.band = _around(planner, uniform_band(analysis, macs_model, budgets))
     notes: list[str] = []
     for subnet, budget in enumerate(budgets, start=1):
         notes += settle(planner, subnet, int(budget))
     return result_of(planner, analysis, macs_model, notes)
+
+
+def _around(planner: Planner, band: Band) -> Band:
+    """A band widened so far that the planner's levels lie inside it."""
+    new = planner.width_counts()[:, 1 : planner.n + 1]
+    inside = new.cumsum(1)
+    return Band(np.minimum(band.lower, inside), np.maximum(band.upper, inside), np.minimum(band.new, new))
 
 
 def result_of(planner: Planner, analysis: Analysis, macs_model: MacModel, notes: list[str]) -> LandingResult:

@@ -18,13 +18,11 @@ from ..errors import BudgetError, SteppingError, nearest
 from ..levels import check_budgets, check_scores, locked_units
 from ..macs import MacModel
 from ..units import Analysis
-from .counts import Array, CountModel, UnitClasses
-from .landing import Band, LandingResult, Planner, find_plugs, land, result_of, settle
+from .counts import UnitClasses
+from .landing import LandingResult, Planner, find_plugs, land, result_of, settle
+from .uniform import BAND, Band, needed_widening, positions, uniform_band, uniform_levels
 
-__all__ = ["POLICIES", "Problem", "assign", "needed_widening", "uniform_band", "uniform_levels"]
-
-BAND = (0.8, 1.25)  # how far a width may be from the uniform one at the same budget
-NEW = 0.5  # least new units of a width, relative to the uniform pattern: no width may be nearly a plug
+__all__ = ["POLICIES", "Problem", "assign"]
 
 
 @dataclass
@@ -134,7 +132,7 @@ def any_width(problem: Problem) -> LandingResult:
     analysis, macs_model, budgets = problem.analysis, problem.macs_model, problem.budgets
     levels, shares = uniform_levels(analysis, macs_model, budgets)
     classes = UnitClasses(analysis, macs_model, small=len(budgets))
-    position, _ = _positions(classes)
+    position, _ = positions(classes)
     prefix = torch.from_numpy(1 - position / classes.width_size[classes.width[classes.of_unit]])
     width = classes.width_size[:, None] * shares
     band = Band(
@@ -166,117 +164,11 @@ POLICIES: dict[str, Callable[[Problem], LandingResult]] = {
 }
 
 
-# ----------------------------------------------------------------------------------------- uniform widths
-
-
-def uniform_levels(analysis: Analysis, macs_model: MacModel, budgets: Sequence[int]) -> tuple[Tensor, Array]:
-    """The prefix pattern at or just below the budgets.
-
-    Returns:
-        levels: LongTensor (num_units,).
-        shares: (N,) share of every width in subnets 1..N, the largest ones that the budgets allow.
-    """
-    pattern = _Prefix(analysis, macs_model, len(budgets))
-    shares = [pattern.grow(subnet, budget) for subnet, budget in enumerate(budgets, start=1)]
-    return torch.from_numpy(pattern.levels), np.array(shares)
-
-
-class _Prefix:
-    """Levels in network order: subnet after subnet takes the next units of every width."""
-
-    def __init__(self, analysis: Analysis, macs_model: MacModel, n: int) -> None:
-        self.n = n
-        self.classes = UnitClasses(analysis, macs_model, small=n)
-        self.model = CountModel(self.classes, macs_model)
-        first = -torch.arange(analysis.num_units, dtype=torch.float64)
-        locked = locked_units(analysis, first).numpy()
-        self.position, self.width = _positions(self.classes, locked)
-        self.size = self.classes.width_size
-        self.locked_count = np.bincount(self.width[locked], minlength=len(self.size))
-        self.levels = np.full(analysis.num_units, n + 1)
-        self.taken = np.zeros_like(self.size)
-
-    def grow(self, subnet: int, budget: int) -> float:
-        """Give the subnet the largest share of every width that its budget allows; returns the share."""
-        new = self._macs(subnet, self._units(subnet, 0.0, True)) <= budget
-        low, high = 0.0, 1.0
-        if self._macs(subnet, self._units(subnet, 1.0, new)) <= budget:
-            low = 1.0
-        while high - low > 1e-6:
-            middle = (low + high) / 2
-            fits = self._macs(subnet, self._units(subnet, middle, new)) <= budget
-            low, high = (middle, high) if fits else (low, middle)
-        units = self._units(subnet, low, new)
-        self.levels = self._levels(subnet, units)
-        self.taken = units
-        return low
-
-    def _units(self, subnet: int, share: float, new: bool) -> Array:
-        """Units per width at a share; with `new`, large widths get at least one new unit in every subnet."""
-        each = int(new) * (self.size >= self.n)
-        lower = np.maximum(np.maximum(self.taken + each, self.locked_count), int(new))
-        upper = self.size - (self.n - subnet) * each
-        return np.maximum(np.minimum(np.floor(share * self.size + 0.5).astype(np.int64), upper), lower)
-
-    def _levels(self, subnet: int, units: Array) -> Array:
-        new = (self.levels > self.n) & (self.position < units[self.width])
-        return np.where(new, subnet, self.levels)
-
-    def _macs(self, subnet: int, units: Array) -> float:
-        return self.model.macs(self.classes.counts(self._levels(subnet, units), self.n + 2), subnet)
-
-
-def _positions(classes: UnitClasses, first: Array | None = None) -> tuple[Array, Array]:
-    """Position of every unit in its width, 0, 1, ... in network order, and its width.
-
-    Units of the mask `first` come before the others.
-    """
-    width = classes.width[classes.of_unit]
-    later = np.zeros_like(width) if first is None else ~first
-    order = np.lexsort((later, width))
-    starts = np.concatenate([[0], np.cumsum(classes.width_size)])
-    position = np.empty(len(width), dtype=np.int64)
-    position[order] = np.arange(len(width)) - starts[width[order]]
-    return position, width
-
-
-def uniform_band(
-    analysis: Analysis, macs_model: MacModel, budgets: Sequence[int], relative: tuple[float, float] = BAND
-) -> Band:
-    """Bounds on every width: `relative` times its units in the uniform pattern, rounded outwards."""
-    shares = uniform_levels(analysis, macs_model, budgets)[1]
-    width = UnitClasses(analysis, macs_model, small=len(budgets)).width_size[:, None] * shares
-    lower, upper = np.floor(relative[0] * width), np.ceil(relative[1] * width)
-    new = np.floor(NEW * np.diff(width, axis=1, prepend=0))
-    return Band(
-        np.maximum(lower, 1).astype(np.int64), np.maximum(upper, 1).astype(np.int64), new.astype(np.int64)
-    )
-
-
-def needed_widening(analysis: Analysis, macs_model: MacModel, budgets: Sequence[int]) -> float:
-    """How many times as wide the network would have to be to use the last budget up, at least 1.
-
-    A nested network costs less than a dense one of the same widths: synapses from larger to smaller subnets
-    are missing.
-    """
-    classes = UnitClasses(analysis, macs_model)
-    model = CountModel(classes, macs_model)
-    counts = np.zeros((len(classes.size), len(budgets) + 1))
-    share = 0.0
-    for subnet, budget in enumerate(budgets, start=1):
-        low, high = share, 64.0
-        while high - low > 1e-4:
-            middle = (low + high) / 2
-            counts[:, subnet] = (middle - share) * classes.size
-            low, high = (middle, high) if model.macs(counts, subnet) <= budget else (low, middle)
-        counts[:, subnet] = (low - share) * classes.size
-        share = low
-    return max(1.0, share)
-
-
 def _add_widening(notes: list[str], problem: Problem, subnet: int) -> None:
     """Say how much wider a network would have to be whose last subnet ran out of units."""
     if subnet != len(problem.budgets) or not notes or "all units are in it" not in notes[-1]:
         return
-    factor = needed_widening(problem.analysis, problem.macs_model, problem.budgets)
+    factor = 1.03 * needed_widening(
+        problem.analysis, problem.macs_model, problem.budgets
+    )  # widths are rounded
     notes[-1] = notes[-1].removesuffix(".") + f" (by about {np.ceil(factor * 20) / 20:.2f} times)."

@@ -95,7 +95,7 @@ class _Canonicaliser:
     """Copies the exported graph into a `Program`, one rewrite per multi-output operator."""
 
     def __init__(self, exported: torch.export.ExportedProgram, model: nn.Module, training: bool) -> None:
-        self.exported, self.model = exported, model
+        self.exported, self.own = exported, named_tensors(model)
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self.batches: dict[int, fx.Node] = {}
@@ -152,9 +152,8 @@ class _Canonicaliser:
             **signature.inputs_to_lifted_tensor_constants,
         }
         first_name: dict[int, str] = {}
-        for name, tensor in named_tensors(self.model).items():
+        for name, tensor in self.own.items():
             first_name.setdefault(id(tensor), name)
-        own = named_tensors(self.model)
         seen: dict[str, fx.Node] = {}
         for node in sorted(nodes, key=lambda n: n.name in names):  # the image comes first
             if node.name not in names:
@@ -163,8 +162,8 @@ class _Canonicaliser:
                 self.program.image = self.values[node] = self._new_placeholder("x", node)
                 continue
             name = names[node.name]
-            if name in own:
-                name = first_name[id(own[name])]
+            if name in self.own:
+                name = first_name[id(self.own[name])]
             else:
                 self.program.constants[name] = self.exported.constants[name].detach()
             if name not in seen:
@@ -175,7 +174,7 @@ class _Canonicaliser:
 
     def _remember_indices(self, node: fx.Node, name: str) -> None:
         """Integer tensors may index channels, so the label rules need their values."""
-        tensor = self.program.constants.get(name, named_tensors(self.model).get(name))
+        tensor = self.program.constants.get(name, self.own.get(name))
         if tensor is not None and not tensor.is_floating_point():
             node.meta["value"] = tensor.detach().cpu()
 

@@ -24,7 +24,14 @@ from torch import Tensor
 from stepping_plugin.errors import CheckpointError, explain
 from stepping_plugin.training.loader import derive_seed
 
-__all__ = ["load_checkpoint", "random_state", "restore_random_state", "save_checkpoint", "seed_generators"]
+__all__ = [
+    "differences",
+    "load_checkpoint",
+    "random_state",
+    "restore_random_state",
+    "save_checkpoint",
+    "seed_generators",
+]
 
 FORMAT = "stepping-plugin checkpoint 1"
 _TAG = "$"  # the key that marks what JSON cannot say
@@ -124,6 +131,14 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "dict":
         return {k: _unpack(v, tensors) for k, v in value["items"]}
     return {k: _unpack(v, tensors) for k, v in value.items()}
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two nests of dicts differ, as texts."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
 
 
 # --- Random generators ---

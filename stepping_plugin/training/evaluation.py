@@ -16,7 +16,7 @@ __all__ = ["AllScores", "evaluate"]
 
 
 class AllScores(nn.Module):
-    """Class scores (N, B, C) through `forward`, where DDP and torch.compile hook in; plain models have N = 1."""
+    """Class scores (N, B, C) through `forward`, where DDP and torch.compile hook in. Plain models: N = 1."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,6 @@
 """The training loop: epochs, evaluation, log, checkpoints, resuming.
 
-    fit(net, train_loader, val_loader, TrainConfig(epochs=20, lr=0.05), teacher=original,
-    checkpoint_dir="run")
+    fit(net, train_loader, val_loader, TrainConfig(epochs=20), teacher=original, checkpoint_dir="run")
 
 A run that is killed and started again with the same arguments continues from its last checkpoint and, on a
 CPU, ends with the same bits as an uninterrupted one. For that its batches must be repeatable. Those of
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from stepping_plugin.errors import CheckpointError, SteppingError, explain
 from stepping_plugin.training.checkpoint import (
+    differences,
     load_checkpoint,
     random_state,
     restore_random_state,
@@ -153,7 +153,8 @@ def fit(
         net.eval()
         if teacher is not None:
             teacher.train(guided)
-    net.load_state_dict(trainer.averaged.state_dict())
+    if trainer.ema is not None:
+        net.load_state_dict(trainer.ema.module.state_dict())
     return run.history
 
 
@@ -305,8 +306,8 @@ class _Run:
         found = resume and path is not None and path.is_file()
         if len(set(gather_object([(found, json.dumps(self.settings, sort_keys=True))]))) > 1:
             raise SteppingError(
-                "the processes disagree: settings, batches per epoch and the contents of checkpoint_dir must be "
-                "the same for all of them."
+                "the processes disagree: settings, batches per epoch and the contents of checkpoint_dir must "
+                "be the same for all of them."
             )
         if found and path is not None:
             self._resume(path)
@@ -315,7 +316,7 @@ class _Run:
 
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path)
-        changed = _differences(state["settings"], self.settings)
+        changed = differences(state["settings"], self.settings)
         if changed:
             action = "Use the old values, resume=False, or another checkpoint_dir."
             raise CheckpointError(f"{path} belongs to another run: {'; '.join(changed)}. {action}")
@@ -356,13 +357,6 @@ def _plain(value: Any) -> Any:
         return json.loads(json.dumps(value))
     except TypeError as error:
         raise SteppingError(f"config: {error}. Use numbers, strings, lists and dicts only.") from None
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
-    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
 
 
 @contextmanager

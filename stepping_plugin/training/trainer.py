@@ -244,8 +244,8 @@ class Trainer:
         """The error for a net that is lost."""
         lr = self.optimizer.param_groups[0]["lr"]
         return SteppingError(
-            f"training diverged: {what} at update {self.updates + 1}, lr {lr:.3g}. Lower lr, set clip_grad or "
-            "warmup_epochs, and check that the images are finite numbers."
+            f"training diverged: {what} at update {self.updates + 1}, lr {lr:.3g}. Lower lr, set clip_grad "
+            "or warmup_epochs, and check that the images are finite numbers."
         )
 
     # --- Epochs and state
@@ -260,7 +260,7 @@ class Trainer:
             return evaluate(self.averaged, loader)
 
     def end_epoch(self, epochs: int) -> None:
-        """After so many epochs: schedules that count them, statistics of all processes evened out."""
+        """After so many epochs: schedules that count them; the statistics of all processes."""
         if hasattr(self.optimizer, "sync_lookahead"):
             self.optimizer.sync_lookahead()
         if self.scheduler is not None:

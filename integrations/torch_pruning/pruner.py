@@ -1,0 +1,236 @@
+"""`SteppingPruner`: SteppingNet behind the interface of torch-pruning's pruners.
+
+Where the toolkit's pruners remove channels, this one moves units to subnets:
+
+    pruner = SteppingPruner(model, example_inputs, importance=tp.importance.GroupMagnitudeImportance(), budgets=[0.1, 0.3])
+    pruner.step()                                   # or: for move in pruner.step(interactive=True): move.prune()
+    net = pruner.net                                # a SteppingNet
+
+Importances are the toolkit's: any `tp.importance.Importance` is asked for the scores of the toolkit's own groups.
+Differences from `tp.pruner.BasePruner`: MAC budgets instead of ratios; units come from the channel graph, so attention
+heads, conv groups and unwrapped parameters are found without `num_heads` and `unwrapped_parameters`; the model is
+not modified (the net owns a copy); there is one step, not several.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from stepping_plugin.api import check_model, reference_notes
+from stepping_plugin.construction.importance import magnitude_scores
+from stepping_plugin.construction.policies import assign
+from stepping_plugin.errors import SteppingError, explain
+from stepping_plugin.levels import parse_budgets
+from stepping_plugin.macs import MacModel
+from stepping_plugin.net import SteppingNet
+from stepping_plugin.serialization import describe_origin
+from stepping_plugin.units import Analysis
+from stepping_plugin.witness import find_units, join_units, pin_units
+
+__all__ = ["SteppingPruner", "UnitMove"]
+
+
+@dataclass
+class UnitMove:
+    """Some units of one group that are to go to one level. `prune()` carries it out.
+
+    Attributes:
+        group: layer that makes the units (the first one, where several do).
+        layers: weights that make them.
+        units: LongTensor, unit indices.
+        level: where they go, 2..N + 1 (N + 1 = spare).
+    """
+
+    group: str
+    layers: list[str]
+    units: Tensor
+    level: int
+    _apply: Callable[[UnitMove], None]
+
+    def prune(self) -> None:
+        """Move the units."""
+        self._apply(self)
+
+
+class SteppingPruner:
+    """Nested subnets from a model, budgets and one of the toolkit's importances.
+
+    Args:
+        model: classifier of images; not modified.
+        example_inputs: images (B, C, H, W), or a tuple with them.
+        importance: any `tp.importance.Importance`; None: magnitude of the weights per unit.
+        budgets: as in `apply_steppingnet`.
+        policy: as in `apply_steppingnet`.
+        ignored_layers: modules whose output channels stay in every subnet.
+        num_heads: {qkv layer: heads}; heads are found without it, a contradiction is an error.
+        customized_pruners, unwrapped_parameters, root_module_types: handed to the toolkit's dependency graph, which
+            provides the groups that importances score.
+        round_to: every level of a group gets a multiple of so many units (the last one of a group may be smaller).
+        seed: of the "random" policy.
+
+    Attributes:
+        net: the SteppingNet; all units are at level 1 until `step`.
+        notes: which groups the toolkit could not score, and budgets that could not be used up.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | Sequence[Tensor],
+        importance: Callable[..., Tensor] | None = None,
+        budgets: Sequence[float | int | str] = (),
+        policy: str = "steppingnet",
+        ignored_layers: Sequence[nn.Module] | None = None,
+        num_heads: dict[nn.Module, int] | None = None,
+        customized_pruners: dict[Any, Any] | None = None,
+        unwrapped_parameters: Any = None,
+        root_module_types: Sequence[type] = (nn.Conv2d, nn.Linear),
+        round_to: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        images = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
+        image_size = check_model(model, images)
+        self.notes: list[str] = []
+        owner = copy.deepcopy(model)
+        analysis = find_units(owner, image_size)
+        names = {module: name for name, module in model.named_modules()}
+        _check_heads(analysis, {names.get(m, "?"): heads for m, heads in (num_heads or {}).items()})
+        scores = self._score(model, images, analysis, importance, customized_pruners, unwrapped_parameters, root_module_types)
+        analysis, scores = _without_ignored(analysis, scores, [names.get(m) for m in ignored_layers or ()])
+        analysis, scores = _in_blocks(analysis, scores, round_to)
+        macs_model = MacModel(analysis)
+        reference = macs_model.total
+        self.notes += reference_notes(owner, image_size, reference)
+        self.budgets = parse_budgets(budgets, reference)
+        generator = torch.Generator().manual_seed(seed)
+        plan = assign(analysis, macs_model, self.budgets, scores, policy=policy, generator=generator, reference_macs=reference)
+        self._plan = plan.levels
+        self.notes += plan.notes
+        start = torch.ones(analysis.num_units, dtype=torch.long)
+        self.net = SteppingNet(owner, analysis, start, self.budgets, reference, describe_origin(model, image_size))
+        self.net.notes = list(self.notes)
+        self.net.train(model.training)
+
+    def step(self, interactive: bool = False) -> Iterator[UnitMove] | None:
+        """Move the units to their subnets.
+
+        Args:
+            interactive: return the moves instead, one per group and level; those whose `prune()` is called are
+                carried out, the others stay where they are.
+        """
+        if interactive:
+            return self._moves()
+        self.net.set_levels(self._plan)
+        return None
+
+    def _moves(self) -> Iterator[UnitMove]:
+        for group in self.net.analysis.groups:
+            planned = self._plan[group.units]
+            for level in range(2, self.net.num_subnets + 2):
+                units = group.units[planned == level]
+                if len(units):
+                    yield UnitMove(group.name, group.weights, units, level, self._carry_out)
+
+    def _carry_out(self, move: UnitMove) -> None:
+        levels = self.net.levels
+        levels[move.units] = move.level
+        self.net.set_levels(levels)
+
+    def _score(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        analysis: Analysis,
+        importance: Callable[..., Tensor] | None,
+        customized_pruners: dict[Any, Any] | None,
+        unwrapped_parameters: Any,
+        root_types: Sequence[type],
+    ) -> Tensor:
+        """Score per unit: the importance of the toolkit's group, averaged over the unit's channels and its layers."""
+        fallback = magnitude_scores(model, analysis)
+        if importance is None:
+            return fallback
+        graph = _dependency_graph(model, images, customized_pruners, unwrapped_parameters)
+        modules = dict(model.named_modules())
+        total, count = torch.zeros(analysis.num_units, dtype=torch.float64), torch.zeros(analysis.num_units, dtype=torch.float64)
+        for weight, (units, _) in analysis.weight_units.items():
+            module = modules.get(weight.removesuffix(".weight"))
+            if not isinstance(module, tuple(root_types)) or not bool((units >= 0).any()):
+                continue
+            found = _group_scores(graph, module, len(units), importance)
+            if found is None:
+                self.notes.append(f"torch-pruning cannot score {weight.removesuffix('.weight')}; magnitude is used there.")
+                continue
+            known = units >= 0
+            share = found.double().cpu() / found.double().abs().mean().clamp(min=1e-30).cpu()
+            total.index_add_(0, units[known], share[known])
+            count.index_add_(0, units[known], torch.ones(int(known.sum()), dtype=torch.float64))
+        return torch.where(count > 0, total / count.clamp(min=1), fallback.double())
+
+
+def _dependency_graph(model: nn.Module, images: Tensor, customized: Any, unwrapped: Any) -> tp.DependencyGraph:
+    modes = {m: m.training for m in model.modules()}
+    try:
+        with torch.enable_grad():
+            return tp.DependencyGraph().build_dependency(
+                model, example_inputs=images, customized_pruners=dict(customized or {}), unwrapped_parameters=unwrapped
+            )
+    except Exception as error:
+        raise SteppingError(
+            f"torch-pruning cannot build its dependency graph of {type(model).__name__} ({type(error).__name__}: {error}), so its "
+            "importances cannot be asked. Leave importance out to rank units by the magnitude of their weights."
+        ) from error
+    finally:
+        for module, training in modes.items():  # build_dependency leaves the model in eval mode
+            module.training = training
+
+
+def _group_scores(graph: tp.DependencyGraph, module: nn.Module, channels: int, importance: Callable[..., Tensor]) -> Tensor | None:
+    """(channels,) scores of a layer's output channels, or None where the toolkit fails."""
+    prune = tp.prune_linear_out_channels if isinstance(module, nn.Linear) else tp.prune_conv_out_channels
+    try:
+        scores = importance(graph.get_pruning_group(module, prune, idxs=list(range(channels))))
+    except (IndexError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return None  # the toolkit's groups are wrong on some models (docs of `witness`)
+    return scores if scores is not None and scores.shape == (channels,) and bool(scores.isfinite().all()) else None
+
+
+def _check_heads(analysis: Analysis, num_heads: dict[str, int]) -> None:
+    for name, heads in num_heads.items():
+        if f"{name}.weight" not in analysis.weight_units:
+            continue
+        found = len(torch.unique(analysis.weight_units[f"{name}.weight"][0]))
+        if found != heads:
+            raise SteppingError(explain("heads do not fit", where=f"num_heads[{name}]", got=heads, expected=f"{found}, as the model computes"))
+
+
+def _without_ignored(analysis: Analysis, scores: Tensor, ignored: Sequence[str | None]) -> tuple[Analysis, Tensor]:
+    made = [analysis.weight_units[f"{name}.weight"][0] for name in ignored if f"{name}.weight" in analysis.weight_units]
+    if not made:
+        return analysis, scores
+    units = torch.unique(torch.cat(made))
+    kept = torch.ones(analysis.num_units, dtype=torch.bool)
+    kept[units[units >= 0]] = False
+    return pin_units(analysis, ~kept, "ignored_layers"), scores[kept]
+
+
+def _in_blocks(analysis: Analysis, scores: Tensor, round_to: int | None) -> tuple[Analysis, Tensor]:
+    """Tie units of similar importance in blocks, so that every level gets a multiple of `round_to`."""
+    if not round_to or round_to == 1:
+        return analysis, scores
+    blocks = []
+    for group in analysis.groups:
+        order = group.units[scores[group.units].argsort(descending=True)]
+        if len(order) > round_to:
+            blocks += [block.tolist() for block in order.split(round_to)]
+    joined, owner = join_units(analysis, blocks)
+    total = torch.zeros(joined.num_units, dtype=torch.float64)
+    known = owner >= 0
+    return joined, total.index_add_(0, owner[known], scores[known].double())

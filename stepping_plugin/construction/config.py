@@ -1,0 +1,132 @@
+"""All knobs of the construction, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SteppingError, nearest
+from .uniform import BAND
+
+__all__ = ["ConstructionConfig"]
+
+_CHOICES = {
+    "flow": ("trajectory", "paper"),
+    "init": ("original", "random"),
+    "importance": ("per-sample", "per-batch", "magnitude", "random"),
+    "updates": ("joint", "sequential"),
+    "amp_dtype": ("bfloat16", "float16"),
+}
+
+
+@dataclass(frozen=True)
+class ConstructionConfig:
+    """How subnets are found (Fig. 3). Named as in the paper's text or, for the training in between, as in timm.
+
+    Attributes:
+        flow: "trajectory": every subnet follows its own MAC target down to its budget; "paper": the literal rules.
+        iterations: N_t.
+        batches: m, training batches per iteration.
+        expansion: widen every layer by this factor before construction.
+        noise: how unequally the copies of a widened unit share its outgoing weights, see `widening.widen`.
+        init: weights of the start network: "original" (widened, same function) or "random".
+        importance: estimator of Eq. 2: absolute value "per-sample" or "per-batch" (the paper); or "magnitude" of the
+            weights; or "random" order.
+        importance_batches: batches per iteration on which Eq. 2 is evaluated, the last ones of the m.
+        alpha: alpha_k = alpha ** (k - 1) in Eq. 3.
+        beta: suppression of weight updates (III-A2); 1: none.
+        threshold: weights of smaller magnitude are pruned after every iteration; 0: none.
+        band: least and greatest width of a layer relative to the uniform pattern; None: free.
+        updates: "joint" (one pass for all subnets) or "sequential" (the paper's ascending order).
+        opt, lr, momentum, weight_decay, clip_grad, grad_accum_steps, amp, amp_dtype: see `training.TrainConfig`.
+
+    Raises:
+        SteppingError: one error that lists everything that is wrong.
+    """
+
+    flow: str = "trajectory"
+    iterations: int = 30
+    batches: int = 10
+    expansion: float = 1.0
+    noise: float = 0.0
+    init: str = "original"
+    importance: str = "per-sample"
+    importance_batches: int = 2
+    alpha: float = 1.5
+    beta: float = 0.9
+    threshold: float = 1e-5
+    band: tuple[float, float] | None = BAND
+    updates: str = "joint"
+    opt: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    clip_grad: float | None = None
+    grad_accum_steps: int = 1
+    amp: bool = False
+    amp_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        problems = [*self._wrong_choices(), *self._wrong_numbers()]
+        if problems:
+            listed = problems[0] if len(problems) == 1 else "".join(f"\n  - {p}" for p in problems)
+            raise SteppingError(f"ConstructionConfig: {listed}")
+
+    @classmethod
+    def of(cls, section: Any, **changes: Any) -> ConstructionConfig:
+        """From anything that has some of these attributes, such as a section of a recipe."""
+        names = [f.name for f in dataclasses.fields(cls) if hasattr(section, f.name)]
+        return cls(**{**{name: getattr(section, name) for name in names}, **changes})
+
+    def _wrong_choices(self) -> list[str]:
+        given = {name: getattr(self, name) for name in _CHOICES}
+        return [
+            f"{name}: got {value!r}; {nearest(value, _CHOICES[name])}"
+            for name, value in given.items()
+            if value not in _CHOICES[name]
+        ]
+
+    def _wrong_numbers(self) -> list[str]:
+        whole = [
+            ("iterations", 1), ("batches", 0), ("importance_batches", 1), ("grad_accum_steps", 1),
+        ]  # fmt: skip
+        problems = [
+            f"{name}: got {getattr(self, name)!r}, expected a whole number from {least} up"
+            for name, least in whole
+            if not _is_whole(getattr(self, name)) or getattr(self, name) < least
+        ]
+        ranges = [
+            ("expansion", lambda v: v >= 1, "a number from 1 up"),
+            ("noise", lambda v: 0 <= v < 1, "a number from 0 up to 1"),
+            ("alpha", lambda v: v > 0, "a number above 0"),
+            ("beta", lambda v: 0 < v <= 1, "a number above 0, up to 1 (none)"),
+            ("threshold", lambda v: v >= 0, "a number from 0 (none) up"),
+            ("lr", lambda v: v > 0, "a number above 0"),
+            ("momentum", lambda v: 0 <= v < 1, "a number from 0 up to 1"),
+            ("weight_decay", lambda v: v >= 0, "a number from 0 up"),
+            ("clip_grad", lambda v: v > 0, "a number above 0, or None"),
+        ]
+        for name, fine, expected in ranges:
+            value = getattr(self, name)
+            if not (name == "clip_grad" and value is None) and not (_is_number(value) and fine(value)):
+                problems.append(f"{name}: got {value!r}, expected {expected}")
+        if not self._band_is_fine():
+            problems.append(f"band: got {self.band!r}, expected (low, high) with 0 <= low <= 1 <= high, or None")
+        return problems
+
+    def _band_is_fine(self) -> bool:
+        if self.band is None:
+            return True
+        if not isinstance(self.band, (tuple, list)) or len(self.band) != 2 or not all(map(_is_number, self.band)):
+            return False
+        return 0 <= self.band[0] <= 1 <= self.band[1]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
