@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import SteppingError, nearest
@@ -35,7 +36,50 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--time-limit", type=float, default=20.0, help="seconds for torch-pruning's graph (20)")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(command=_inspect)
+    run = commands.add_parser("run", help="train, construct, retrain, verify and report, as a recipe says")
+    validate = commands.add_parser("validate", help="check a recipe and show what it would do, without training")
+    for command in (run, validate):
+        command.add_argument("recipe", help="path of a recipe, or name of a shipped one, e.g. digits")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. retrain.epochs=20 output=runs/mine")
+    run.add_argument("--fresh", action="store_true", help="discard what an earlier run left in the output folder")
+    run.set_defaults(command=_run)
+    validate.set_defaults(command=_validate)
     return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .pipeline import run_recipe
+    from .recipe import load_recipe
+    from .report import results_table
+
+    console = Console(soft_wrap=True)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    folder = Path(recipe.output or Path("runs") / Path(arguments.recipe).stem)
+    data = run_recipe(recipe, folder, fresh=arguments.fresh, say=lambda text: console.print(text, highlight=False))
+    console.print(results_table(data), *data["notes"])
+    console.print(f"report: {folder / 'index.html'}   net: {folder / 'net.safetensors'}")
+    return 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .pipeline import plan
+    from .recipe import dump_recipe, load_recipe
+    from .summary import human_macs
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(dump_recipe(recipe))
+    facts = plan(recipe)
+    title = f"plan: {facts['units']:,} units; original {human_macs(facts['reference_macs'])}, start {human_macs(facts['start_macs'])} MACs"
+    table = Table("subnet", "budget", "MACs (one shot)", "of the original", title=title)
+    for i, (budget, macs) in enumerate(zip(facts["budgets"], facts["macs"]), start=1):
+        table.add_row(str(i), human_macs(budget), human_macs(macs), f"{macs / facts['reference_macs']:.2%}")
+    Console(soft_wrap=True).print(table, *facts["notes"])
+    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

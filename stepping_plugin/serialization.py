@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .errors import CaptureError, CheckpointError, explain
 from .graph.program import named_tensors
+from .integrations.timm import models as _paper_networks  # noqa: F401 - registers them
 from .nested.module import sliced_copy
 from .net import SteppingNet
 from .units import Analysis, restrict
@@ -34,8 +35,16 @@ FORMAT = "stepping-plugin net"
 VERSION = 1
 
 
-def describe_origin(model: nn.Module, image_size: tuple[int, ...]) -> dict[str, Any]:
-    """How a model can be made again: timm name and arguments, or only the name of its class."""
+def describe_origin(
+    model: nn.Module, image_size: tuple[int, ...], arguments: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """How a model can be made again: timm name and arguments, or only the name of its class.
+
+    Args:
+        model: the original.
+        image_size: (C, H, W).
+        arguments: further arguments it was made with (numbers, switches and lists of numbers are kept).
+    """
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     name = config.get("architecture") if hasattr(config, "get") else None
     if not name or not timm.is_model(name):
@@ -43,7 +52,14 @@ def describe_origin(model: nn.Module, image_size: tuple[int, ...]) -> dict[str, 
     kwargs: dict[str, Any] = {"in_chans": image_size[0]}
     if isinstance(getattr(model, "num_classes", None), int):
         kwargs["num_classes"] = model.num_classes
+    kwargs.update({k: v for k, v in (arguments or {}).items() if _is_harmless(k, v)})
     return {"timm": name, "kwargs": kwargs}
+
+
+def _is_harmless(name: str, value: Any) -> bool:
+    """Arguments of a model that a file may set: numbers only, nothing that names a file or a class."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    return not name.startswith(("pretrained", "checkpoint", "cache")) and all(isinstance(v, (int, float)) for v in numbers)
 
 
 def fingerprint(analysis: Analysis) -> str:
@@ -135,7 +151,7 @@ def _candidates(header: dict[str, Any], model: nn.Module | None, path: Any) -> I
     if not isinstance(name, str) or not timm.is_model(name):  # only registered names: nothing is fetched or executed
         made_from = origin.get("class") or name
         raise CheckpointError(f"{path}: the net was made from {made_from!r}, which timm cannot build. Pass load(path, model=...).")
-    kwargs = {k: v for k, v in origin.get("kwargs", {}).items() if k in ("num_classes", "in_chans") and isinstance(v, int)}
+    kwargs = {k: v for k, v in origin.get("kwargs", {}).items() if _is_harmless(k, v)}
     size = header["image_size"][1:]
     for extra in ({}, {"img_size": tuple(size)}, {"img_size": size[0]}):
         try:

@@ -123,9 +123,27 @@ def test_mistakes_are_named(make, words):
 
 # --- Suppression
 
-NETS = {
+
+class Gated(nn.Module):
+    """Depthwise convolution, batch norm, squeeze and excitation, residual, layer scale, transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 12, 3, bias=False), nn.BatchNorm2d(12)
+        self.depthwise, self.scale = nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.Parameter(torch.randn(12, 1, 1))
+        self.squeeze, self.excite = nn.Conv2d(12, 6, 1), nn.Conv2d(6, 12, 1)
+        self.up, self.head = nn.ConvTranspose2d(12, 9, 2), nn.Linear(9, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        y = self.depthwise(x) * self.scale
+        y = y * self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.head(self.up(x + y).tanh().mean((2, 3)))
+
+
+NETS: dict[str, tuple] = {
     "conv and batch norm": ("lenet3c1l", {"width_mult": 0.5}, (3, 32, 32)),
-    "residual, depthwise, squeeze-excite": ("test_efficientnet", {}, (3, 32, 32)),
+    "depthwise, gates, scales": (Gated, {}, (1, 6, 6)),
     "residual": ("resnet_tiny", {}, (3, 16, 16)),
     "layer norm and attention": ("test_vit", {"img_size": 32, "depth": 2, "dynamic_img_size": False}, (3, 32, 32)),
     "no norm": ("lenet5", {"in_chans": 1, "img_size": 28}, (1, 28, 28)),
@@ -137,7 +155,8 @@ def random_net(kind: str, n: int) -> SteppingNet:
     """Random levels with spare units, every group having units at level 1."""
     name, kwargs, size = NETS[kind]
     if kind not in _known:
-        model = timm.create_model(name, num_classes=10, **kwargs).double()
+        model = name() if name is Gated else timm.create_model(name, num_classes=10, **kwargs)
+        model = model.double()
         for parameter in model.parameters():
             if parameter.dim() == 1:  # away from zeros and ones
                 nn.init.normal_(parameter, std=0.3)

@@ -112,7 +112,6 @@ def test_an_ordinary_model_is_trained_as_usual():
         F.cross_entropy(other(images), labels).backward()
         optimizer.step()
     assert_close(model, other)
-    images, labels = data(0)[0], None
     correct = [int((other.eval()(x).argmax(1) == y).sum()) for x, y in batches]
     assert history.accuracy == [sum(correct) / 32]
 
@@ -204,7 +203,7 @@ def test_mixed_precision_and_channels_last_train(kind):
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
 def test_all_subnets_learn(opt):
     net = small_net()
-    config = TrainConfig(epochs=10, opt=opt, lr=0.1 if opt == "sgd" else 0.01)
+    config = TrainConfig(epochs=30, opt=opt, lr=0.1 if opt == "sgd" else 0.03)
     before = evaluate(net, loader())["accuracy"]
     history = fit(net, loader(shuffle=True), loader(), config, from_largest=True)
     assert max(before) < 0.6
@@ -228,7 +227,7 @@ def test_evaluation_counts_every_subnet_and_restores_the_mode():
     for subnet in (1, 2, 3):
         net.active_subnet = subnet
         assert result["accuracy"][subnet - 1] == float((net(images).argmax(1) == labels).double().mean())
-        assert result["loss"][subnet - 1] == pytest.approx(float(F.cross_entropy(net(images), labels)), rel=1e-12)
+        assert result["loss"][subnet - 1] == pytest.approx(F.cross_entropy(net(images), labels).item(), rel=1e-12)
 
 
 def data_of(batches: DataLoader) -> tuple[Tensor, Tensor]:
@@ -359,7 +358,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     state = load_checkpoint(tmp_path / CHECKPOINT)
     assert (state["epoch"], state["trainer"]["updates"]) == (1, 4)
     assert all(bool(t.isfinite().all()) for t in state["trainer"]["net"].values())
-    assert all(bool(t.isfinite().all()) for t in net.state_dict().values() if t.dim() and t.dtype == torch.float64 and t.dim() != 1)
+    assert all(bool(p.isfinite().all()) for p in net.parameters())
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):

@@ -102,7 +102,9 @@ class SteppingPruner:
         analysis = find_units(owner, image_size)
         names = {module: name for name, module in model.named_modules()}
         _check_heads(analysis, {names.get(m, "?"): heads for m, heads in (num_heads or {}).items()})
-        scores = self._score(model, images, analysis, importance, customized_pruners, unwrapped_parameters, root_module_types)
+        scores = self._score(
+            model, images, analysis, importance, customized_pruners, unwrapped_parameters, root_module_types
+        )
         analysis, scores = _without_ignored(analysis, scores, [names.get(m) for m in ignored_layers or ()])
         analysis, scores = _in_blocks(analysis, scores, round_to)
         macs_model = MacModel(analysis)
@@ -110,11 +112,21 @@ class SteppingPruner:
         self.notes += reference_notes(owner, image_size, reference)
         self.budgets = parse_budgets(budgets, reference)
         generator = torch.Generator().manual_seed(seed)
-        plan = assign(analysis, macs_model, self.budgets, scores, policy=policy, generator=generator, reference_macs=reference)
+        plan = assign(
+            analysis,
+            macs_model,
+            self.budgets,
+            scores,
+            policy=policy,
+            generator=generator,
+            reference_macs=reference,
+        )
         self._plan = plan.levels
         self.notes += plan.notes
         start = torch.ones(analysis.num_units, dtype=torch.long)
-        self.net = SteppingNet(owner, analysis, start, self.budgets, reference, describe_origin(model, image_size))
+        self.net = SteppingNet(
+            owner, analysis, start, self.budgets, reference, describe_origin(model, image_size)
+        )
         self.net.notes = list(self.notes)
         self.net.train(model.training)
 
@@ -159,14 +171,19 @@ class SteppingPruner:
             return fallback
         graph = _dependency_graph(model, images, customized_pruners, unwrapped_parameters)
         modules = dict(model.named_modules())
-        total, count = torch.zeros(analysis.num_units, dtype=torch.float64), torch.zeros(analysis.num_units, dtype=torch.float64)
+        total, count = (
+            torch.zeros(analysis.num_units, dtype=torch.float64),
+            torch.zeros(analysis.num_units, dtype=torch.float64),
+        )
         for weight, (units, _) in analysis.weight_units.items():
             module = modules.get(weight.removesuffix(".weight"))
             if not isinstance(module, tuple(root_types)) or not bool((units >= 0).any()):
                 continue
             found = _group_scores(graph, module, len(units), importance)
             if found is None:
-                self.notes.append(f"torch-pruning cannot score {weight.removesuffix('.weight')}; magnitude is used there.")
+                self.notes.append(
+                    f"torch-pruning cannot score {weight.removesuffix('.weight')}; magnitude is used there."
+                )
                 continue
             known = units >= 0
             share = found.double().cpu() / found.double().abs().mean().clamp(min=1e-30).cpu()
@@ -175,12 +192,17 @@ class SteppingPruner:
         return torch.where(count > 0, total / count.clamp(min=1), fallback.double())
 
 
-def _dependency_graph(model: nn.Module, images: Tensor, customized: Any, unwrapped: Any) -> tp.DependencyGraph:
+def _dependency_graph(
+    model: nn.Module, images: Tensor, customized: Any, unwrapped: Any
+) -> tp.DependencyGraph:
     modes = {m: m.training for m in model.modules()}
     try:
         with torch.enable_grad():
             return tp.DependencyGraph().build_dependency(
-                model, example_inputs=images, customized_pruners=dict(customized or {}), unwrapped_parameters=unwrapped
+                model,
+                example_inputs=images,
+                customized_pruners=dict(customized or {}),
+                unwrapped_parameters=unwrapped,
             )
     except Exception as error:
         raise SteppingError(
@@ -192,14 +214,20 @@ def _dependency_graph(model: nn.Module, images: Tensor, customized: Any, unwrapp
             module.training = training
 
 
-def _group_scores(graph: tp.DependencyGraph, module: nn.Module, channels: int, importance: Callable[..., Tensor]) -> Tensor | None:
+def _group_scores(
+    graph: tp.DependencyGraph, module: nn.Module, channels: int, importance: Callable[..., Tensor]
+) -> Tensor | None:
     """(channels,) scores of a layer's output channels, or None where the toolkit fails."""
     prune = tp.prune_linear_out_channels if isinstance(module, nn.Linear) else tp.prune_conv_out_channels
     try:
         scores = importance(graph.get_pruning_group(module, prune, idxs=list(range(channels))))
     except (IndexError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return None  # the toolkit's groups are wrong on some models (docs of `witness`)
-    return scores if scores is not None and scores.shape == (channels,) and bool(scores.isfinite().all()) else None
+    return (
+        scores
+        if scores is not None and scores.shape == (channels,) and bool(scores.isfinite().all())
+        else None
+    )
 
 
 def _check_heads(analysis: Analysis, num_heads: dict[str, int]) -> None:
@@ -208,11 +236,24 @@ def _check_heads(analysis: Analysis, num_heads: dict[str, int]) -> None:
             continue
         found = len(torch.unique(analysis.weight_units[f"{name}.weight"][0]))
         if found != heads:
-            raise SteppingError(explain("heads do not fit", where=f"num_heads[{name}]", got=heads, expected=f"{found}, as the model computes"))
+            raise SteppingError(
+                explain(
+                    "heads do not fit",
+                    where=f"num_heads[{name}]",
+                    got=heads,
+                    expected=f"{found}, as the model computes",
+                )
+            )
 
 
-def _without_ignored(analysis: Analysis, scores: Tensor, ignored: Sequence[str | None]) -> tuple[Analysis, Tensor]:
-    made = [analysis.weight_units[f"{name}.weight"][0] for name in ignored if f"{name}.weight" in analysis.weight_units]
+def _without_ignored(
+    analysis: Analysis, scores: Tensor, ignored: Sequence[str | None]
+) -> tuple[Analysis, Tensor]:
+    made = [
+        analysis.weight_units[f"{name}.weight"][0]
+        for name in ignored
+        if f"{name}.weight" in analysis.weight_units
+    ]
     if not made:
         return analysis, scores
     units = torch.unique(torch.cat(made))

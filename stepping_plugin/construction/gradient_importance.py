@@ -21,7 +21,7 @@ of either sign cancel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,30 +29,105 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.program import call_arg, op_name
+from ..nested.build import NestedGraph
 from ..net import SteppingNet
-from ..nested import functional
 
 __all__ = ["GradientImportance", "Site", "find_sites"]
 
-# What lets a factor on a channel pass as a factor: views, sums, pools, products with something that carries no units.
-_PASSING = frozenset(
-    "add.Tensor sub.Tensor cat stack mul.Scalar div.Scalar neg clone contiguous alias dropout feature_dropout _to_copy to.dtype "
-    "reshape view permute transpose.int t unsqueeze squeeze squeeze.dim squeeze.dims expand flatten.using_ints unflatten.int "
-    "slice.Tensor select.int roll flip index.Tensor index_select getitem chunk split.Tensor split_with_sizes unbind.int "
-    "avg_pool2d adaptive_avg_pool2d mean.dim pixel_shuffle pixel_unshuffle im2col pad constant_pad_nd".split()
-)
 _NORMS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "prefix_norm")
-_BIAS = {"prefix_norm": 6}  # place of the bias among the arguments of operators without a schema
+# What a positive factor on a channel passes unchanged: views, sums, pools.
+_PASSING = frozenset(
+    [
+        "add.Tensor",
+        "sub.Tensor",
+        "cat",
+        "stack",
+        "mul.Scalar",
+        "div.Scalar",
+        "clone",
+        "contiguous",
+        "alias",
+        "dropout",
+        "feature_dropout",
+        "to.dtype",
+        "_to_copy",
+        "reshape",
+        "view",
+        "permute",
+        "transpose.int",
+        "t",
+        "unsqueeze",
+        "squeeze",
+        "squeeze.dim",
+        "squeeze.dims",
+        "expand",
+        "flatten.using_ints",
+        "unflatten.int",
+        "slice.Tensor",
+        "select.int",
+        "roll",
+        "flip",
+        "index.Tensor",
+        "index_select",
+        "narrow",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "im2col",
+        "pad",
+        "constant_pad_nd",
+        "relu",
+        "leaky_relu",
+        "max_pool2d",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+    ]
+)
+_SCALING = (
+    "mul.Tensor",
+    "div.Tensor",
+)  # pass it if the other operand belongs to no unit or is a parameter (layer scale)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place of r_j: output of a weight or norm, `bias` to be taken off it, and the unit per channel (-1: none)."""
+    """A place of r_j: the output of a weight or norm, of which `bias` is to be taken off.
+
+    `units` holds the unit per position of `axis`, -1 for none; `bias_axis` is the axis of a bias vector, None if the bias
+    broadcasts as it is.
+    """
 
     node: fx.Node
-    bias: fx.Node | None
     axis: int
     units: Tensor
+    bias: fx.Node | None
+    bias_axis: int | None
+
+    def weighted_input(self, output: Tensor, bias: Tensor | None) -> Tensor:
+        """z, detached."""
+        output = output.detach()
+        if bias is None:
+            return output
+        if self.bias_axis is not None:
+            bias = bias.reshape([-1 if d == self.bias_axis else 1 for d in range(output.dim())])
+        return output - bias.detach()
+
+    def per_unit(self, product: Tensor, batch: int, num_units: int) -> Tensor:
+        """Sum z * dL/dz over positions and channels, (batch, num_units)."""
+        product = product.movedim(self.axis, 1).flatten(2) if product.dim() > 2 else product.unsqueeze(-1)
+        channels = product.sum(2, dtype=_precise(product.device))
+        channels = channels.reshape(batch, -1, channels.shape[1]).sum(
+            1
+        )  # windows or tokens joined with the batch
+        movable = (self.units >= 0).nonzero().flatten()
+        total = channels.new_zeros(batch, num_units)
+        return total.index_add_(
+            1, self.units[movable].to(total.device), channels[:, movable.to(total.device)]
+        )
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which knows no float64
 
 
 class GradientImportance:
@@ -70,13 +145,16 @@ class GradientImportance:
     """
 
     def __init__(
-        self, net: SteppingNet, estimator: str = "per-sample", reduce: Callable[[Tensor], Tensor] | None = None
+        self,
+        net: SteppingNet,
+        estimator: str = "per-sample",
+        reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.net, self.per_sample = net, estimator == "per-sample"
         self.reduce = reduce or (lambda tensor: tensor)
         self.training = True in net._graphs
         self.module = net._graphs[self.training].module
-        self.sites = find_sites(self.module.graph)
+        self.sites = find_sites(net._graphs[self.training])
         self.reset()
 
     def reset(self) -> None:
@@ -103,35 +181,32 @@ class GradientImportance:
             recorder = _Recorder(self.module, self.sites)
             scores = recorder.run(images, *self._inputs())[0]
             values = losses(scores)
-        outputs = [recorder.outputs[site] for site in range(len(self.sites))]
-        inputs = [_weighted_input(output, recorder.biases[s], self.sites[s].axis) for s, output in enumerate(outputs)]
+        numbers = range(len(self.sites))
+        outputs = [recorder.outputs[s] for s in numbers]
+        inputs = [self.sites[s].weighted_input(outputs[s], recorder.biases[s]) for s in numbers]
         for k in range(self.net.num_subnets):
             last = k == self.net.num_subnets - 1
             gradients = torch.autograd.grad(values[k], outputs, retain_graph=not last, allow_unused=True)
-            self.total[k] += self._magnitude(inputs, gradients, len(images))
+            found = torch.zeros(
+                len(images), self.net.analysis.num_units, dtype=_precise(images.device), device=images.device
+            )
+            for site, value, gradient in zip(self.sites, inputs, gradients):
+                if gradient is not None:  # else the subnet does not use this layer
+                    found += site.per_unit(value * gradient, len(images), found.shape[1])
+            if self.per_sample:
+                self.total[k] += self.reduce(found.abs().sum(0)).cpu()
+            else:
+                self.total[k] += self.reduce(found.sum(0)).abs().cpu()
         self.batches += 1
 
     def _inputs(self) -> list[Tensor]:
-        """Inputs of the graph; buffers as copies, since norms in train mode write to theirs."""
+        """Inputs of the graph; the model's buffers as copies, since norms in train mode write to theirs."""
         graph = self.net._graphs[self.training]
         tensors = self.net._tensors(graph, self.training)
-        return [t if isinstance(t, torch.nn.Parameter) else t.clone() for t in tensors]
-
-    def _magnitude(self, inputs: list[Tensor], gradients: tuple[Tensor | None, ...], batch: int) -> Tensor:
-        """|dL_k/dr_j| of one batch, summed over samples or taken of their sum, float64 (num_units,)."""
-        total = torch.zeros(batch, self.net.analysis.num_units, dtype=torch.float64, device=self.net.unit_levels.device)
-        for site, value, gradient in zip(self.sites, inputs, gradients):
-            if gradient is None:  # the subnet does not use this layer
-                continue
-            product = (value * gradient).movedim(site.axis, 1)
-            product = product.reshape(batch, -1, *product.shape[1:]) if len(product) != batch else product.unsqueeze(1)
-            per_channel = product.transpose(1, 2).flatten(2).sum(2).double()  # (B, channels)
-            movable = site.units >= 0
-            units = site.units[movable].to(total.device)
-            total.index_add_(1, units, per_channel[:, movable.to(total.device)])
-        if self.per_sample:
-            return self.reduce(total.abs().sum(0)).cpu()
-        return self.reduce(total.sum(0)).abs().cpu()
+        return [
+            t.clone() if kind == "tensor" and not isinstance(t, torch.nn.Parameter) else t
+            for (kind, _), t in zip(graph.inputs, tensors)
+        ]
 
 
 class _Recorder(fx.Interpreter):
@@ -156,75 +231,74 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def _weighted_input(output: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-    """z: the output of a weight or norm without its bias."""
-    output = output.detach()
-    if bias is None:
-        return output
-    if bias.dim() == 1:
-        bias = bias.reshape([-1 if d == axis else 1 for d in range(output.dim())])
-    return output - bias
-
-
 # ------------------------------------------------------------------------------------------------- sites
 
 
-def find_sites(graph: fx.Graph) -> list[Site]:
-    """Where r_j stands: behind every weight whose output is used as it is, and behind every norm, but not both.
+def find_sites(nested: NestedGraph) -> list[Site]:
+    """Where r_j stands in a nested graph: behind weights, or behind the norms that their outputs go to.
 
-    A weight whose output only norms read, by whatever sums and views it gets there, is left out in favour of those norms.
-    A norm counts only if it takes the place of a weight like that.
+    A weight whose output only norms read, by whatever views and sums it gets there, has no site of its own. A norm is a
+    site only if it stands in for a weight.
     """
-    weights = [n for n in graph.nodes if _is_weighted(n) and _units(n) is not None]
-    own, norms = [], set()
-    for node in weights:
-        readers = _readers(node)
-        if readers and all(op_name(r) in _NORMS for r in readers):
-            norms |= readers
-        else:
-            own.append(node)
-    chosen = set(own) | {n for n in norms if _units(n) is not None}
+    graph = nested.module.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"][1:]
+    masks = {n for n, (kind, _) in zip(placeholders, nested.inputs) if kind == "mask"}
+    chosen: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _makes_units(node, masks):
+            readers = _readers(node)
+            normalised = bool(readers) and all(
+                op_name(r) in _NORMS and _units(r) is not None for r in readers
+            )
+            chosen |= readers if normalised else {node}
     return [_site(n) for n in graph.nodes if n in chosen]
 
 
 def _site(node: fx.Node) -> Site:
     name = op_name(node)
-    if name in _BIAS:
-        bias = node.args[_BIAS[name]]
+    if name == "prefix_norm":
+        bias = node.args[6]
     else:
-        bias = call_arg(node, "bias") if name != "rms_norm" else None
-    return Site(node, bias, node.meta["axis"], node.meta["units"])  # type: ignore[arg-type]
-
-
-def _is_weighted(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return False
-    name = op_name(node)
-    return name == "linear" or name.startswith("conv")
+        bias = None if name == "rms_norm" else call_arg(node, "bias")
+    bias_axis = 1 if name.startswith("conv") or name in ("batch_norm", "group_norm") else None
+    units = _units(node)
+    assert units is not None
+    return Site(node, node.meta["axis"], units, bias, bias_axis)  # type: ignore[arg-type]
 
 
 def _units(node: fx.Node) -> Tensor | None:
-    """Unit per channel if the node carries units along the channels that it makes."""
-    units = node.meta.get("units")
-    if units is None:
-        return None
-    if _is_weighted(node):
-        own = node.args[1].meta.get("shape")  # type: ignore[union-attr]
-        del own
-    return units
+    return node.meta.get("units")
+
+
+def _makes_units(node: fx.Node, masks: set[fx.Node]) -> bool:
+    """Convolution or linear whose output channels are units: its weight is masked, or every group is a unit."""
+    if node.op != "call_function" or _units(node) is None:
+        return False
+    name = op_name(node)
+    if name != "linear" and not name.startswith("conv"):
+        return False
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    grouped = name != "linear" and call_arg(node, "groups", 1) > 1 and node.meta["axis"] == 1
+    return grouped or any(source in masks for source in weight.all_input_nodes)
 
 
 def _readers(node: fx.Node) -> set[fx.Node]:
-    """Operators that do more with a value than to pass it on."""
+    """Operators that a factor on a weight's output reaches as a factor, and that do more than pass it on."""
     found: set[fx.Node] = set()
     pending, seen = [node], {node}
     while pending:
-        for user in pending.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            if user.op == "call_function" and op_name(user) in _PASSING:
-                pending.append(user)
-            else:
-                found.add(user)
+        source = pending.pop()
+        for user in source.users:
+            if user not in seen:
+                seen.add(user)
+                (pending.append if _passes(user, source) else found.add)(user)
     return found
+
+
+def _passes(user: fx.Node, source: fx.Node) -> bool:
+    if user.op != "call_function":
+        return False
+    if op_name(user) in _SCALING:
+        others = [n for n in user.all_input_nodes if n is not source]
+        return all(n.op == "placeholder" or _units(n) is None for n in others)
+    return op_name(user) in _PASSING

@@ -168,7 +168,6 @@ def _add_widening(notes: list[str], problem: Problem, subnet: int) -> None:
     """Say how much wider a network would have to be whose last subnet ran out of units."""
     if subnet != len(problem.budgets) or not notes or "all units are in it" not in notes[-1]:
         return
-    factor = 1.03 * needed_widening(
-        problem.analysis, problem.macs_model, problem.budgets
-    )  # widths are rounded
+    factor = needed_widening(problem.analysis, problem.macs_model, problem.budgets)
+    factor *= 1.03  # widths are whole numbers
     notes[-1] = notes[-1].removesuffix(".") + f" (by about {np.ceil(factor * 20) / 20:.2f} times)."

@@ -74,7 +74,11 @@ class UnstructuredPruning:
             if outputs is not None:
                 fresh = fresh | _at(moved, outputs)[:, None]
             masks = [(m.t() if transposed else m).to(weight.device) for m in (live, fresh)]
-            yield name, weight, *[m.reshape(*m.shape, *[1] * (weight.dim() - 2)).expand_as(weight) for m in masks]  # type: ignore[misc]
+            yield (
+                name,
+                weight,
+                *[m.reshape(*m.shape, *[1] * (weight.dim() - 2)).expand_as(weight) for m in masks],
+            )  # type: ignore[misc]
 
     def _synapses(self) -> Iterator[tuple[str, Tensor | None, Tensor, bool]]:
         """Name of every weight, output units (None: the classifier), input units, and whether inputs come first."""

@@ -20,7 +20,7 @@ from ..graph.program import call_arg, is_static, op_name
 from ..graph.rules import reduced_axes
 from ..macs import dense_macs
 from . import kernels
-from .plan import Plan, norm_options, normalised_axes, spread
+from .plan import Plan, is_pointwise, norm_options, normalised_axes, spread
 
 __all__ = ["IMAGE", "SCORES", "StepProgram", "emit_steps"]
 
@@ -100,6 +100,9 @@ class _Step(Operands):
         outputs = {SCORES: scores, **{k: v for k, v in self.made.items() if k in self.wanted and k != SCORES}}
         self.graph.output(tuple(outputs.values()))
         self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n in self.written)
+        used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
+        for name in [n for n, _ in self.root.named_buffers() if n not in used]:
+            delattr(self.root, name)
         for name, node in list(self.caches.items()):
             if not node.users:
                 self.graph.erase_node(node)
@@ -159,7 +162,8 @@ class _Step(Operands):
         """A constant of the program."""
         if key not in self.tensors:
             name = f"t{len(self.tensors)}"
-            self.root.register_buffer(name, value.detach().clone(memory_format=torch.contiguous_format))
+            layout = torch.channels_last if self.plan.channels_last and value.dim() == 4 else torch.contiguous_format
+            self.root.register_buffer(name, value.detach().clone(memory_format=layout))
             self.tensors[key] = self.graph.get_attr(name)
         return self.tensors[key]
 
@@ -169,7 +173,8 @@ class _Step(Operands):
         if node in self.values:
             return self.values[node]
         if node is self.plan.program.image and self.level == 1:
-            self.values[node] = self.cache(IMAGE, node)
+            image = self.cache(IMAGE, node)
+            self.values[node] = self.call(kernels.channels_last, image) if self.plan.channels_last else image
             return self.values[node]
         assert node.meta.get("units") is None and self.level > 1, f"{node} has nothing at level {self.level}"
         return self.prefix(node)
@@ -297,7 +302,18 @@ class _Step(Operands):
         args, kwargs = self.arguments(node)
         if node in self.values:
             return self.values[node]
+        if op_name(node) == "linear" and len(node.meta["shape"]) > 2:
+            return self.call(kernels.linear, *args)
+        if self.plan.channels_last and is_pointwise(node) and (weight := self._matrix(args[1])) is not None:
+            return self.call(kernels.pointwise, args[0], weight, args[2])
         return self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+
+    def _matrix(self, weight: fx.Node) -> fx.Node | None:
+        """A 1x1 kernel (O, C, 1, 1) of the program as a matrix (O, C)."""
+        if weight.op != "get_attr":
+            return None
+        value = self.root.get_buffer(weight.target)  # type: ignore[arg-type]
+        return self.tensor(value.flatten(1), (weight, "matrix"))
 
     def _picked(self, node: fx.Node) -> tuple[tuple, dict]:
         """Slices, indices and rolls along the unit axis are replaced by the picked tensor."""

@@ -11,14 +11,47 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["KERNELS", "begin_prefix", "extend_prefix", "first_norm", "merge_moments", "moments", "next_norm"]
+__all__ = [
+    "KERNELS", "begin_prefix", "channels_last", "extend_prefix", "first_norm", "linear", "merge_moments", "moments", "next_norm",
+    "pointwise",
+]  # fmt: skip
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) laid out as (B, H, W, C): convolutions run faster, pointwise ones are matrix products."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a tensor (B, C, H, W), or a range of its channels, is laid out as (B, H, W, C)."""
+    return x.dim() == 4 and x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolution with a 1x1 kernel. Reads a range of channels without copying it if the layout is channels last.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (O, C).
+    """
+    if not is_channels_last(x):
+        return torch.nn.functional.conv2d(x, weight[:, :, None, None], bias)
+    batch, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    return torch.nn.functional.linear(rows, weight, bias).view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Linear layer on the last axis, as one matrix product even where x is a range of a wider tensor."""
+    return torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def begin_prefix(first: Tensor, axis: int, width: int) -> Tensor:
     """A prefix buffer with room for `width` positions along `axis`, filled with those of level 1."""
     shape = list(first.shape)
     shape[axis] = width
-    buffer = first.new_empty(shape)
+    layout = torch.channels_last if axis == 1 and is_channels_last(first) else torch.contiguous_format
+    buffer = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
     buffer.narrow(axis, 0, first.shape[axis]).copy_(first)
     return buffer
 
@@ -125,4 +158,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-KERNELS = {f.__name__: f for f in (begin_prefix, extend_prefix, first_norm, merge_moments, moments, next_norm)}
+KERNELS = {
+    f.__name__: f
+    for f in (begin_prefix, channels_last, extend_prefix, first_norm, linear, merge_moments, moments, next_norm, pointwise)
+}

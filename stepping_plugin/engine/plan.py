@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 from ..graph.labels import Role
 from ..graph.program import Program, call_arg, is_static, op_name, static_value
-from ..graph.rules import reduced_axes
 
 __all__ = ["Plan", "fold_batch_norms"]
 
@@ -23,9 +22,18 @@ class Plan:
         levels: LongTensor (num_units,), 1..num_subnets, or more for spare units.
         num_subnets: N.
         lookup: gives the tensor of a name (parameter, buffer or constant).
+        channels_last: lay images and feature maps out as (B, H, W, C).
     """
 
-    def __init__(self, program: Program, levels: Tensor, num_subnets: int, lookup: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        levels: Tensor,
+        num_subnets: int,
+        lookup: Callable[[str], Tensor],
+        channels_last: bool = True,
+    ) -> None:
+        self.channels_last = channels_last
         self.program = fold_batch_norms(program)
         self.device = next((lookup(n.meta["tensor"]).device for n in program.tensor_nodes()), torch.device("cpu"))
         self.levels, self.num_subnets, self.lookup = levels, num_subnets, lookup
@@ -75,8 +83,15 @@ def spread(node: fx.Node, axes: list[int]) -> int:
     return size
 
 
-def cached_axes(node: fx.Node) -> list[int]:
-    return normalised_axes(node) if node.meta.get("role") == Role.PREFIX_NORM else reduced_axes(node)
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether a node is a convolution of images that mixes channels only."""
+    if op_name(node) != "conv2d" or call_arg(node, "groups", 1) != 1 or tuple(node.args[1].meta["shape"][2:]) != (1, 1):  # type: ignore[union-attr]
+        return False
+    return all(v == 1 for v in _pair(call_arg(node, "stride", 1))) and not any(_pair(call_arg(node, "padding", 0)))
+
+
+def _pair(value: Any) -> list[int]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 # ------------------------------------------------------------------------------------------------- folding

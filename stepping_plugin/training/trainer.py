@@ -31,7 +31,7 @@ from stepping_plugin.training.evaluation import AllScores, evaluate
 from stepping_plugin.training.losses import SubnetLoss
 from stepping_plugin.training.suppression import Suppression
 
-__all__ = ["Batch", "TrainConfig", "Trainer", "assert_same_levels"]
+__all__ = ["Batch", "TrainConfig", "Trainer", "assert_same_levels", "processes"]
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W); labels int64 (B,) or class probabilities (B, classes)
 
@@ -76,6 +76,16 @@ class TrainConfig:
         return cls(**{**{name: getattr(section, name) for name in names}, **changes})
 
 
+def processes(device: str = "auto") -> PartialState:
+    """The processes of this run: `process_index`, `num_processes`, `device`, `is_main_process`.
+
+    accelerate joins processes without an accelerator only if told that they are meant to run on the CPU; without
+    that word each of them would train alone.
+    """
+    on_cpu = device == "cpu" and "LOCAL_RANK" in os.environ
+    return PartialState(cpu=on_cpu or not torch.accelerator.is_available())
+
+
 class Trainer:
     """A net with its optimizer, schedule, suppression and teacher.
 
@@ -109,7 +119,7 @@ class Trainer:
         mixup: Callable[[Tensor, Tensor], Batch] | None = None,
     ) -> None:
         self.net, self.config, self.mixup = net, config, mixup
-        self.processes = PartialState(cpu=config.device == "cpu" and "WORLD_SIZE" in os.environ)
+        self.processes = processes(config.device)
         self.device = self.processes.device if config.device == "auto" else torch.device(config.device)
         net.to(self.device)
         self.layout = torch.preserve_format
@@ -131,10 +141,10 @@ class Trainer:
             self.subnets = range(1, net.num_subnets + 1) if sequential else [None]
         half = config.amp and config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        self.ema: ModelEmaV3 | None = None
-        if config.model_ema:
-            self.ema = ModelEmaV3(net, config.model_ema_decay, use_warmup=config.model_ema_warmup)
         self.scores = self._wrapped()
+        self.ema: ModelEmaV3 | None = None
+        if config.model_ema:  # a copy of what DDP has made equal on all processes
+            self.ema = ModelEmaV3(net, config.model_ema_decay, use_warmup=config.model_ema_warmup)
         self.updates = 0
 
     def _wrapped(self) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,48 @@
+"""The band of the trajectory flow: how wide a layer may be while the subnets are on their way to their budgets."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .counts import UnitClasses
+from .uniform import Band
+
+__all__ = ["narrow", "narrowing_band"]
+
+
+def narrowing_band(band: Band, classes: UnitClasses, progress: float) -> Band:
+    """Between no band and the given one.
+
+    The upper bounds come down geometrically, as the MAC targets do; the lower bounds are the final ones.
+
+    Args:
+        band: at the end.
+        classes: whose widths it bounds.
+        progress: 0 (no upper bounds) to 1 (the given ones).
+    """
+    size = classes.width_size[:, None]
+    upper = size * (np.minimum(band.upper, size) / size) ** progress
+    return Band(band.lower, np.ceil(upper - 1e-9).astype(np.int64), np.zeros_like(band.new))
+
+
+def narrow(
+    levels: Tensor, i: int, band: Band, classes: UnitClasses, scores: Tensor, locked: Tensor
+) -> Tensor:
+    """Levels after the least important units have left subnet i wherever a width is above its upper bound.
+
+    Args:
+        levels: LongTensor (num_units,); not modified.
+        i: the subnet; its units of exactly level i may go to level i + 1.
+        band: bounds.
+        classes: whose widths the band bounds.
+        scores: (num_units,) importance.
+        locked: BoolTensor (num_units,), units that stay.
+    """
+    width, upper = classes.width[classes.of_unit], band.upper[:, i - 1]
+    excess = np.bincount(width[(levels <= i).numpy()], minlength=len(upper)) - upper
+    units = ((levels == i) & ~locked).nonzero().flatten().numpy()
+    units = units[np.lexsort((scores.numpy()[units], width[units]))]
+    rank = np.arange(len(units)) - np.searchsorted(width[units], width[units])
+    return levels.index_fill(0, torch.from_numpy(units[rank < excess[width[units]]]), i + 1)
