@@ -13,6 +13,7 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from stepping_plugin.api import apply_steppingnet as apply_steppingnet
+    from stepping_plugin.construction.config import ConstructionConfig as ConstructionConfig
     from stepping_plugin.errors import BudgetError as BudgetError
     from stepping_plugin.errors import CaptureError as CaptureError
     from stepping_plugin.errors import CheckpointError as CheckpointError
@@ -21,16 +22,19 @@ if TYPE_CHECKING:
     from stepping_plugin.errors import SteppingError as SteppingError
     from stepping_plugin.net import SteppingNet as SteppingNet
     from stepping_plugin.serialization import load as load
+    from stepping_plugin.training.trainer import TrainConfig as TrainConfig
     from stepping_plugin.verify import verify as verify
 
 _HOME = {  # public name -> the module that defines it
     "BudgetError": "errors",
     "CaptureError": "errors",
     "CheckpointError": "errors",
+    "ConstructionConfig": "construction.config",
     "NestingError": "errors",
     "RecipeError": "errors",
     "SteppingError": "errors",
     "SteppingNet": "net",
+    "TrainConfig": "training.trainer",
     "apply_steppingnet": "api",
     "load": "serialization",
     "verify": "verify",

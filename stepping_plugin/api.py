@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .construction.config import ConstructionConfig
+from .construction.flow import Construction, start_network
 from .construction.importance import magnitude_scores
 from .construction.policies import assign
 from .errors import CaptureError, SteppingError, explain
 from .integrations.fvcore import count_macs
-from .levels import check_budgets, parse_budgets
+from .levels import parse_budgets
 from .macs import MacModel
 from .net import SteppingNet
 from .serialization import describe_origin
@@ -29,7 +30,7 @@ def apply_steppingnet(
     example_inputs: Tensor | None = None,
     train_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
     policy: str = "steppingnet",
-    config: Any = None,
+    config: ConstructionConfig | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> SteppingNet:
@@ -43,13 +44,15 @@ def apply_steppingnet(
             of the size in the model's own configuration (timm models have one).
         train_loader: batches of (images, labels) for the construction of the paper (Fig. 3). None: one shot, by the
             magnitude of the weights.
-        policy: "steppingnet", "any-width" (regular pattern) or "random".
-        config: `ConstructionConfig`; needs `train_loader`.
+        policy: "steppingnet"; or, always in one shot, "any-width" (regular pattern) or "random".
+        config: knobs of the construction; without `train_loader` only its `expansion` matters (widen the network first,
+            without changing its function, so that the largest subnets can use up their budgets).
         device: where to put the net; by default where the model is.
         seed: of everything random.
 
     Returns:
-        The net, in the model's train/eval mode.
+        The net, in the model's train/eval mode. Constructed on data, it has no spare units, and is best retrained:
+        `net.fit(...)`, or any loop of your own over `net.forward_all`.
 
     Raises:
         BudgetError: malformed budgets, or budgets that no assignment of units can meet.
@@ -57,25 +60,48 @@ def apply_steppingnet(
         SteppingError: unsuitable arguments.
     """
     image_size = check_model(model, example_inputs)
+    settings = _settings(config)
     owner = _private_copy(model)
     analysis = find_units(owner, image_size)
-    macs_model = MacModel(analysis)
-    reference = macs_model.total
+    reference = MacModel(analysis).total
     notes = reference_notes(owner, image_size, reference)
-    allowed = parse_budgets(budgets, reference)
-    check_budgets(analysis, macs_model, allowed, reference)
-    if train_loader is not None or config is not None:
-        raise SteppingError(
-            "Construction on training data is not available in this version: call apply_steppingnet without train_loader "
-            "and config (one-shot assignment by weight magnitude)."
+    allowed = parse_budgets(budgets, reference, limit=int(reference * settings.expansion**2) + 1)
+    origin = describe_origin(model, image_size)
+    net = start_network(owner, analysis, allowed, settings, reference, origin, seed)
+    net.notes = notes + net.notes
+    if train_loader is not None and policy == "steppingnet":
+        where = str(device or next(owner.parameters()).device)
+        construction = Construction(net, train_loader, settings, seed=seed, device=where)
+        for _ in construction:
+            pass
+        construction.finish()
+        net = net.eval().compact()
+    else:
+        scores = magnitude_scores(net.model, net.analysis)
+        generator = torch.Generator().manual_seed(seed)
+        assigned = assign(
+            net.analysis,
+            net.macs_model,
+            allowed,
+            scores,
+            policy=policy,
+            generator=generator,
+            reference_macs=reference,
         )
-    scores = magnitude_scores(owner, analysis)
-    generator = torch.Generator().manual_seed(seed)
-    assigned = assign(analysis, macs_model, allowed, scores, policy=policy, generator=generator)
-    net = SteppingNet(owner, analysis, assigned.levels, allowed, reference, describe_origin(model, image_size))
-    net.notes = notes + list(assigned.notes)
+        net.set_levels(assigned.levels)
+        net.notes += assigned.notes
     net.train(model.training)
     return net if device is None else net.to(device)
+
+
+def _settings(config: ConstructionConfig | None) -> ConstructionConfig:
+    if config is None:
+        return ConstructionConfig()
+    if not isinstance(config, ConstructionConfig):
+        raise SteppingError(
+            explain("wrong type", where="config", got=type(config).__name__, expected="a ConstructionConfig")
+        )
+    return config
 
 
 def check_model(model: nn.Module, example_inputs: Tensor | None) -> tuple[int, ...]:
@@ -91,14 +117,25 @@ def check_model(model: nn.Module, example_inputs: Tensor | None) -> tuple[int, .
 
 def _image_size(model: nn.Module, example_inputs: Tensor | None) -> tuple[int, ...]:
     if not isinstance(model, nn.Module):
-        raise SteppingError(explain("not a model", where="model", got=type(model).__name__, expected="a torch.nn.Module"))
+        raise SteppingError(
+            explain("not a model", where="model", got=type(model).__name__, expected="a torch.nn.Module")
+        )
     if isinstance(example_inputs, (tuple, list)) and len(example_inputs) == 1:
         example_inputs = example_inputs[0]
     if example_inputs is not None:
         if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4:
-            got = str(tuple(example_inputs.shape)) if isinstance(example_inputs, Tensor) else type(example_inputs).__name__
+            got = (
+                str(tuple(example_inputs.shape))
+                if isinstance(example_inputs, Tensor)
+                else type(example_inputs).__name__
+            )
             raise SteppingError(
-                explain("wrong shape", where="example_inputs", got=got, expected="one Tensor of images (B, C, H, W)")
+                explain(
+                    "wrong shape",
+                    where="example_inputs",
+                    got=got,
+                    expected="one Tensor of images (B, C, H, W)",
+                )
             )
         return tuple(example_inputs.shape[1:])
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
@@ -114,12 +151,17 @@ def _image_size(model: nn.Module, example_inputs: Tensor | None) -> tuple[int, .
 def _check_precision(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
-            raise SteppingError(f"{name}: the model has no weights (it is on the meta device). Load them first.")
+            raise SteppingError(
+                f"{name}: the model has no weights (it is on the meta device). Load them first."
+            )
         if parameter.dtype in (torch.float16, torch.bfloat16):
             kind = str(parameter.dtype).removeprefix("torch.")
             raise SteppingError(
                 explain(
-                    "half-precision weights", where=name, got=kind, expected="float32 or float64",
+                    "half-precision weights",
+                    where=name,
+                    got=kind,
+                    expected="float32 or float64",
                     action="Convert model.float() and train or run the net under torch.autocast.",
                 )  # fmt: skip
             )
@@ -142,7 +184,9 @@ def reference_notes(model: nn.Module, image_size: tuple[int, ...], expected: int
     try:
         counted = count_macs(model, (image,)).total
     except SteppingError as error:
-        return [f"fvcore could not count the original network ({error}); its MACs are those of the captured graph."]
+        return [
+            f"fvcore could not count the original network ({error}); its MACs are those of the captured graph."
+        ]
     if counted != expected:
         raise CaptureError(
             f"The captured graph has {expected:,} MACs, fvcore counts {counted:,} on the model itself. One of them misses an "

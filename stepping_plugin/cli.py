@@ -29,20 +29,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stepping", description="SteppingNet for image classifiers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    inspect = commands.add_parser("inspect", help="show the units of a model and what keeps channels at level 1")
+    inspect = commands.add_parser(
+        "inspect", help="show the units of a model and what keeps channels at level 1"
+    )
     inspect.add_argument("model", help="timm name, e.g. resnet18")
-    inspect.add_argument("--img-size", type=int, help="height and width of the images; default: the model's own")
+    inspect.add_argument(
+        "--img-size", type=int, help="height and width of the images; default: the model's own"
+    )
     inspect.add_argument("--num-classes", type=int, help="classes of the model; default: the model's own")
-    inspect.add_argument("--time-limit", type=float, default=20.0, help="seconds for torch-pruning's graph (20)")
+    inspect.add_argument(
+        "--time-limit", type=float, default=20.0, help="seconds for torch-pruning's graph (20)"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(command=_inspect)
     run = commands.add_parser("run", help="train, construct, retrain, verify and report, as a recipe says")
-    validate = commands.add_parser("validate", help="check a recipe and show what it would do, without training")
+    validate = commands.add_parser(
+        "validate", help="check a recipe and show what it would do, without training"
+    )
     for command in (run, validate):
         command.add_argument("recipe", help="path of a recipe, or name of a shipped one, e.g. digits")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. retrain.epochs=20 output=runs/mine")
-    run.add_argument("--fresh", action="store_true", help="discard what an earlier run left in the output folder")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="e.g. retrain.epochs=20 output=runs/mine"
+        )
+    run.add_argument(
+        "--fresh", action="store_true", help="discard what an earlier run left in the output folder"
+    )
     run.set_defaults(command=_run)
+    bench = commands.add_parser("bench", help="measure speed, as ratios in one run").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    training = bench.add_parser("training", help="a step of all subnets against plain training")
+    training.add_argument("--rounds", type=int, default=7, help="repetitions (7)")
+    training.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    training.add_argument("--device", default="cpu")
+    training.add_argument("--json", action="store_true", help="print JSON")
+    training.set_defaults(command=_bench_training)
     validate.set_defaults(command=_validate)
     return parser
 
@@ -57,7 +78,9 @@ def _run(arguments: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     folder = Path(recipe.output or Path("runs") / Path(arguments.recipe).stem)
-    data = run_recipe(recipe, folder, fresh=arguments.fresh, say=lambda text: console.print(text, highlight=False))
+    data = run_recipe(
+        recipe, folder, fresh=arguments.fresh, say=lambda text: console.print(text, highlight=False)
+    )
     console.print(results_table(data), *data["notes"])
     console.print(f"report: {folder / 'index.html'}   net: {folder / 'net.safetensors'}")
     return 0
@@ -79,6 +102,22 @@ def _validate(arguments: argparse.Namespace) -> int:
     for i, (budget, macs) in enumerate(zip(facts["budgets"], facts["macs"]), start=1):
         table.add_row(str(i), human_macs(budget), human_macs(macs), f"{macs / facts['reference_macs']:.2%}")
     Console(soft_wrap=True).print(table, *facts["notes"])
+    return 0
+
+
+def _bench_training(arguments: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from .training.bench import bench_training, training_table
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    rows = bench_training(rounds=arguments.rounds, device=arguments.device)
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        Console(soft_wrap=True).print(training_table(rows))
     return 0
 
 

@@ -21,7 +21,9 @@ from .witness import compare_witnesses, join_units
 __all__ = ["describe", "inspect_model"]
 
 
-def inspect_model(model: nn.Module, image_size: tuple[int, ...], *, time_limit: float = 20.0) -> dict[str, Any]:
+def inspect_model(
+    model: nn.Module, image_size: tuple[int, ...], *, time_limit: float = 20.0
+) -> dict[str, Any]:
     """Facts about a model's units, ready for JSON.
 
     Args:
@@ -53,7 +55,8 @@ def inspect_model(model: nn.Module, image_size: tuple[int, ...], *, time_limit: 
         "channels": analysis.channels,
         "pinned_channels": analysis.pinned_channels,
         "pins": [
-            {"reason": r, "module": m, "operator": o, "times": k} for (r, m, o), k in analysis.pins.most_common()
+            {"reason": r, "module": m, "operator": o, "times": k}
+            for (r, m, o), k in analysis.pins.most_common()
         ],
         "operators_without_rule": dict(analysis.unknown),
         "groups": [{"name": g.name, "units": len(g.units), "made_by": g.weights} for g in analysis.groups],
@@ -79,7 +82,10 @@ def describe(facts: dict[str, Any], name: str) -> Group:
     default = facts["macs_fvcore_default"]
     rows = [
         ("model", f"{name}, images {tuple(facts['image_size'])}"),
-        ("MACs (M_t)", f"{facts['macs']:,} (fvcore: {facts['macs_fvcore']:,}; fvcore's default total: {default if default is None else f'{default:,}'})"),
+        (
+            "MACs (M_t)",
+            f"{facts['macs']:,} (fvcore: {facts['macs_fvcore']:,}; fvcore's default total: {default if default is None else f'{default:,}'})",
+        ),
         ("floor of subnet 1", f"{facts['floor_macs']:,} MACs = {facts['floor_share']:.2%} of M_t"),
         ("units", f"{facts['units']:,} made of {facts['channels']:,} output channels"),
         ("channels kept at level 1", f"{facts['pinned_channels']:,}"),
@@ -99,9 +105,17 @@ def describe(facts: dict[str, Any], name: str) -> Group:
     ]
     if couplings["only_torch_pruning_sets"]:
         layers = ", ".join(list(couplings["only_torch_pruning_layers"])[:6])
-        lines.append(f"{couplings['only_torch_pruning_sets']} sets of units that only torch-pruning ties: {couplings['only_torch_pruning']} (in {layers})")
+        lines.append(
+            f"{couplings['only_torch_pruning_sets']} sets of units that only torch-pruning ties: {couplings['only_torch_pruning']} (in {layers})"
+        )
     if couplings["torch_pruning_error"]:
         lines.append(f"torch-pruning: {couplings['torch_pruning_error']}")
-    lines += [f"torch-pruning contradicts itself: {text}" for text in couplings["contradictions_in_torch_pruning"][:5]]
-    lines += [f"pin: {p['reason']} ({p['operator']} in {p['module'] or 'the model'}, {p['times']}x)" for p in facts["pins"]]
+    lines += [
+        f"torch-pruning contradicts itself: {text}"
+        for text in couplings["contradictions_in_torch_pruning"][:5]
+    ]
+    lines += [
+        f"pin: {p['reason']} ({p['operator']} in {p['module'] or 'the model'}, {p['times']}x)"
+        for p in facts["pins"]
+    ]
     return Group(head, groups, *lines)

@@ -98,7 +98,9 @@ class MacModel:
             units.append(members)
             outs.append(torch.bincount(out_units[out_units >= 0], minlength=self.num_units)[members])
             ins.append(torch.bincount(in_units[in_units >= 0], minlength=self.num_units)[members])
-        join: Callable[[list[Tensor]], Tensor] = lambda parts: torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)  # noqa: E731
+        join: Callable[[list[Tensor]], Tensor] = lambda parts: (
+            torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+        )  # noqa: E731
         self.pair_layer, self.pair_unit, self.pair_out, self.pair_in = map(join, (layers, units, outs, ins))
 
     def _histograms(self, levels: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -106,7 +108,9 @@ class MacModel:
         columns = n + 2
         key = self.pair_layer * columns + levels[self.pair_unit]
         out = torch.zeros(len(self.per_synapse) * columns, dtype=torch.long).index_add_(0, key, self.pair_out)
-        inputs = torch.zeros(len(self.per_synapse) * columns, dtype=torch.long).index_add_(0, key, self.pair_in)
+        inputs = torch.zeros(len(self.per_synapse) * columns, dtype=torch.long).index_add_(
+            0, key, self.pair_in
+        )
         out, inputs = out.view(-1, columns), inputs.view(-1, columns)
         out[:, 1] += self.free_out
         inputs[:, 1] += self.free_in

@@ -107,7 +107,9 @@ class SteppingNet(NestedModule):
 
     def extract(self, subnet: int) -> Subnet:
         """Subnet `subnet` (1..N) as a standalone module, physically without the other units."""
-        return extract_subnet(self.model, self.analysis, self.levels, self._subnet(subnet)).train(self.training)
+        return extract_subnet(self.model, self.analysis, self.levels, self._subnet(subnet)).train(
+            self.training
+        )
 
     # ------------------------------------------------------------------------------------------ running
 
@@ -122,7 +124,9 @@ class SteppingNet(NestedModule):
 
     def _subnet(self, subnet: int) -> int:
         if isinstance(subnet, bool) or not isinstance(subnet, int) or not 1 <= subnet <= self.num_subnets:
-            raise SteppingError(explain("no such subnet", got=subnet, expected=f"an integer from 1 to {self.num_subnets}"))
+            raise SteppingError(
+                explain("no such subnet", got=subnet, expected=f"an integer from 1 to {self.num_subnets}")
+            )
         return subnet
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,6 +143,15 @@ class SteppingNet(NestedModule):
             SteppingError: another image size, or train mode of a net that was made for inference only.
         """
         return self.run(x)
+
+    def fit(self, train_loader: Any, val_loader: Any = None, config: Any = None, **options: Any) -> Any:
+        """Train all subnets in one pass per batch, with suppression and optional distillation (Eq. 4).
+
+        Arguments and result: `training.loop.fit`. For a loop of your own, use `forward_all`.
+        """
+        from .training.loop import fit
+
+        return fit(self, train_loader, val_loader, config, **options)
 
     def deploy(self, **options: Any) -> Any:
         """Compile the incremental engine, see `engine.compile_engine`."""
@@ -170,7 +183,9 @@ def check_levels(levels: Tensor, analysis: Analysis, n: int) -> Tensor:
     levels = torch.as_tensor(levels).detach().cpu().long()
     if levels.shape != (analysis.num_units,):
         expected = f"({analysis.num_units},), one level per unit"
-        raise SteppingError(explain("wrong shape", where="levels", got=str(tuple(levels.shape)), expected=expected))
+        raise SteppingError(
+            explain("wrong shape", where="levels", got=str(tuple(levels.shape)), expected=expected)
+        )
     if len(levels) and (int(levels.min()) < 1 or int(levels.max()) > n + 1):
         got, expected = f"{int(levels.min())}..{int(levels.max())}", f"1..{n}, or {n + 1} for spare units"
         raise SteppingError(explain("value out of range", where="levels", got=got, expected=expected))
@@ -181,7 +196,8 @@ def check_levels(levels: Tensor, analysis: Analysis, n: int) -> Tensor:
             raise SteppingError(
                 explain(
                     f"subnet 1 would have an empty layer: none of {len(anchor)} units is at level 1",
-                    where=name, action="Keep one of them there.",
+                    where=name,
+                    action="Keep one of them there.",
                 )  # fmt: skip
             )
     return levels

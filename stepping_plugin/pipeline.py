@@ -43,7 +43,13 @@ from .recipe_schema import ModelConfig, Recipe, TeacherConfig
 from .report import write_report
 from .serialization import describe_origin, load
 from .summary import units_per_level
-from .training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint, seed_generators
+from .training.checkpoint import (
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+    seed_generators,
+)
 from .training.data import DataBundle, build_data
 from .training.evaluation import evaluate
 from .training.loop import TrainConfig, fit
@@ -104,6 +110,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     history: dict[str, Any] = field(default_factory=dict)
     _data: DataBundle | None = None
+    _epochs: int = 0
 
     def everything(self, fresh: bool) -> dict[str, Any]:
         self.main = PartialState(cpu=self.recipe.device == "cpu").is_main_process
@@ -135,6 +142,7 @@ class Run:
         if recipe.train.epochs:
             self._say(f"original: {recipe.model.name}, {recipe.train.epochs} epochs")
             config = TrainConfig.of(recipe.train, seed=recipe.seed, device=recipe.device)
+            self._epochs = config.epochs
             log = fit(model, self.loader("train", recipe.train.batch_size), self.validation(recipe.train), config,
                       checkpoint_dir=self.folder / "original", log=self._log)  # fmt: skip
             self.history["original"] = log.epochs
@@ -169,7 +177,9 @@ class Run:
         analysis = find_units(original, image_size)
         reference = MacModel(analysis).total
         notes = reference_notes(original, image_size, reference)
-        budgets = parse_budgets(self.recipe.budgets, reference, limit=int(reference * config.expansion**2) + 1)
+        budgets = parse_budgets(
+            self.recipe.budgets, reference, limit=int(reference * config.expansion**2) + 1
+        )
         origin = describe_origin(original, image_size, self.recipe.model.kwargs)
         net = start_network(original, analysis, budgets, config, reference, origin, self.recipe.seed)
         net.notes += notes
@@ -183,7 +193,9 @@ class Run:
             state = load_checkpoint(path)
             construction.load_state_dict(state["construction"])
             restore_random_state(state["random"])
-        self._say(f"construction: {config.flow} flow, iteration {construction.iteration} of {config.iterations}")
+        self._say(
+            f"construction: {config.flow} flow, iteration {construction.iteration} of {config.iterations}"
+        )
         saved = time.monotonic()
         for record in construction:
             self._log(record)
@@ -201,6 +213,7 @@ class Run:
             return net
         self._say(f"retraining: {settings.epochs} epochs, distillation from: {settings.distill_from}")
         config = TrainConfig.of(settings, seed=self.recipe.seed, device=self.recipe.device)
+        self._epochs = config.epochs
         log = fit(
             net, self.loader("train", settings.batch_size, "retrain"), self.validation(settings), config,
             teacher=self._teacher(original), gamma=settings.gamma, temperature=settings.temperature,
@@ -221,7 +234,9 @@ class Run:
             )
         return original if settings.distill_from == "original" else None
 
-    def _finish(self, net: SteppingNet, accuracies: dict[str, list[float]], reference: float | None) -> dict[str, Any]:
+    def _finish(
+        self, net: SteppingNet, accuracies: dict[str, list[float]], reference: float | None
+    ) -> dict[str, Any]:
         proof = self._timed("verification", verify, net.cpu())
         data = report_data(self.recipe, net, accuracies, reference)
         data.update(verify=vars(proof), seconds=self.seconds, history=self.history)
@@ -243,7 +258,9 @@ class Run:
         """This process's share of the batches; every stage has its own order."""
         state = PartialState()
         seed = self.recipe.seed * 3 + ["original", "construction", "retrain"].index(stage)
-        return self.data.loader(part, batch_size, seed=seed, rank=state.process_index, world=state.num_processes)
+        return self.data.loader(
+            part, batch_size, seed=seed, rank=state.process_index, world=state.num_processes
+        )
 
     def validation(self, settings: Any) -> Any:
         return self.loader("val", settings.validation_batch_size or settings.batch_size)
@@ -256,7 +273,12 @@ class Run:
         """A timm model for the data set."""
         assert config.name is not None
         data = self.data
-        kwargs = {"num_classes": data.num_classes, "in_chans": data.in_chans, "pretrained": pretrained, **config.kwargs}
+        kwargs = {
+            "num_classes": data.num_classes,
+            "in_chans": data.in_chans,
+            "pretrained": pretrained,
+            **config.kwargs,
+        }
         try:
             model = timm.create_model(config.name, img_size=data.img_size, **kwargs)
         except TypeError:  # convolutional models take any size
@@ -281,7 +303,13 @@ class Run:
         if fresh:
             for name in ("original", "construction", "retrain"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            for file in ("recipe.yaml", "original.safetensors", "constructed.safetensors", "net.safetensors", "report.json"):
+            for file in (
+                "recipe.yaml",
+                "original.safetensors",
+                "constructed.safetensors",
+                "net.safetensors",
+                "report.json",
+            ):
                 (self.folder / file).unlink(missing_ok=True)
         if written.is_file() and _comparable(written.read_text()) != _comparable(own):
             raise CheckpointError(
@@ -302,14 +330,17 @@ class Run:
             self.say(text)
 
     def _log(self, record: dict[str, Any]) -> None:
-        """One line per epoch or per tenth of the construction."""
+        """About ten lines per stage; everything is in the stage's log."""
         if "iteration" in record:
-            every = max(1, self.recipe.construction.iterations // 10)
-            if record["iteration"] % every == 0:
-                self._say(f"  iteration {record['iteration']}: MACs {record['macs']}, moved {record['moved']}")
-        elif "accuracy" in record:
+            if _worth_a_line(record["iteration"], self.recipe.construction.iterations):
+                self._say(
+                    f"  iteration {record['iteration']}: MACs {record['macs']}, moved {record['moved']}"
+                )
+        elif "accuracy" in record and _worth_a_line(record["epoch"], self._epochs):
             shown = " ".join(f"{100 * a:.1f}" for a in record["accuracy"])
-            self._say(f"  epoch {record['epoch']}: loss {_mean(record['train_loss']):.3f}, accuracy {shown} %")
+            self._say(
+                f"  epoch {record['epoch']}: loss {_mean(record['train_loss']):.3f}, accuracy {shown} %"
+            )
 
 
 def report_data(
@@ -327,7 +358,10 @@ def report_data(
         }
         for i in range(net.num_subnets)
     ]
-    layers = [{"name": g.name, "units_per_level": units_per_level(net.levels, g, net.num_subnets)} for g in net.analysis.groups]
+    layers = [
+        {"name": g.name, "units_per_level": units_per_level(net.levels, g, net.num_subnets)}
+        for g in net.analysis.groups
+    ]
     return {
         "title": f"{recipe.model.name or recipe.model.net} on {recipe.data.name}",
         "original": {"macs": net.reference_macs, "accuracy": reference},
@@ -337,6 +371,10 @@ def report_data(
         "recipe": dump_recipe(recipe),
         "versions": {"stepping-plugin": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
+
+
+def _worth_a_line(number: int, total: int) -> bool:
+    return number % max(1, total // 10) == 0 or number == total
 
 
 def _mean(values: list[float] | float) -> float:
@@ -349,7 +387,9 @@ def _comparable(text: str) -> str:
 
 
 def _save_weights(model: nn.Module, path: Path) -> None:
-    tensors: dict[str, Tensor] = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    tensors: dict[str, Tensor] = {
+        k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()
+    }
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata={"weights": json.dumps({"class": type(model).__qualname__})})
     partial.replace(path)
@@ -359,9 +399,15 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise SteppingError(f"checkpoint_path: no such file: {path}")
     try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        tensors = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
         if isinstance(tensors.get("state_dict"), dict):
             tensors = tensors["state_dict"]
         model.load_state_dict(tensors)
     except Exception as error:
-        raise CheckpointError(f"{path}: not the weights of {type(model).__name__} as built here ({error}).") from None
+        raise CheckpointError(
+            f"{path}: not the weights of {type(model).__name__} as built here ({error})."
+        ) from None

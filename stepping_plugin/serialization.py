@@ -59,7 +59,9 @@ def describe_origin(
 def _is_harmless(name: str, value: Any) -> bool:
     """Arguments of a model that a file may set: numbers only, nothing that names a file or a class."""
     numbers = value if isinstance(value, (list, tuple)) else [value]
-    return not name.startswith(("pretrained", "checkpoint", "cache")) and all(isinstance(v, (int, float)) for v in numbers)
+    return not name.startswith(("pretrained", "checkpoint", "cache")) and all(
+        isinstance(v, (int, float)) for v in numbers
+    )
 
 
 def fingerprint(analysis: Analysis) -> str:
@@ -100,7 +102,9 @@ def save(net: SteppingNet, path: str | os.PathLike) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike, model: nn.Module | None = None, *, device: str | torch.device | None = None) -> SteppingNet:
+def load(
+    path: str | os.PathLike, model: nn.Module | None = None, *, device: str | torch.device | None = None
+) -> SteppingNet:
     """Read a net that `SteppingNet.save` wrote.
 
     Args:
@@ -125,7 +129,9 @@ def load(path: str | os.PathLike, model: nn.Module | None = None, *, device: str
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
-        raise CheckpointError(explain("no such file", where=str(path), action="Check the path given to load()."))
+        raise CheckpointError(
+            explain("no such file", where=str(path), action="Check the path given to load().")
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -137,7 +143,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path}: a safetensors file, but not one that SteppingNet.save wrote.")
     if header.get("version") != VERSION:
         raise CheckpointError(
-            explain("unknown version", where=str(path), got=header.get("version"), expected=str(VERSION), action="Update stepping-plugin.")
+            explain(
+                "unknown version",
+                where=str(path),
+                got=header.get("version"),
+                expected=str(VERSION),
+                action="Update stepping-plugin.",
+            )
         )
     return header, tensors
 
@@ -148,9 +160,13 @@ def _candidates(header: dict[str, Any], model: nn.Module | None, path: Any) -> I
         return
     origin = header.get("origin", {})
     name = origin.get("timm")
-    if not isinstance(name, str) or not timm.is_model(name):  # only registered names: nothing is fetched or executed
+    if not isinstance(name, str) or not timm.is_model(
+        name
+    ):  # only registered names: nothing is fetched or executed
         made_from = origin.get("class") or name
-        raise CheckpointError(f"{path}: the net was made from {made_from!r}, which timm cannot build. Pass load(path, model=...).")
+        raise CheckpointError(
+            f"{path}: the net was made from {made_from!r}, which timm cannot build. Pass load(path, model=...)."
+        )
     kwargs = {k: v for k, v in origin.get("kwargs", {}).items() if _is_harmless(k, v)}
     size = header["image_size"][1:]
     for extra in ({}, {"img_size": tuple(size)}, {"img_size": size[0]}):
@@ -173,10 +189,14 @@ def _rebuild(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor
         raise _other_model(model, path)
     levels = tensors.pop("levels")
     _take_over(model, {k.removeprefix("model."): v for k, v in tensors.items()}, path)
-    net = SteppingNet(model, analysis, levels, header["budgets"], header["reference_macs"], header["origin"], lineage)
+    net = SteppingNet(
+        model, analysis, levels, header["budgets"], header["reference_macs"], header["origin"], lineage
+    )
     net.notes = list(header.get("notes", []))
     if net.macs != header["macs"]:
-        raise CheckpointError(f"{path}: the net has MACs {net.macs}, the file says {header['macs']}; it is damaged.")
+        raise CheckpointError(
+            f"{path}: the net has MACs {net.macs}, the file says {header['macs']}; it is damaged."
+        )
     return net.eval()
 
 

@@ -95,7 +95,9 @@ class Analysis:
         return self  # facts about a model, never changed: copies of a net share them
 
 
-def analyse(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ...] = (False, True)) -> Analysis:
+def analyse(
+    model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ...] = (False, True)
+) -> Analysis:
     """Capture a model and find its units.
 
     Args:
@@ -119,7 +121,10 @@ def analyse(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ..
 
 def _nothing_moves(labels: Labels) -> str:
     reasons = Counter(f"{pin.reason}: {pin.operator} in {pin.module or 'the model'}" for pin in labels.pins)
-    listed = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common(5)) or "  (no layer but the classifier)"
+    listed = (
+        "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common(5))
+        or "  (no layer but the classifier)"
+    )
     return f"No unit of this model can move, so there is nothing to step. What keeps all channels at level 1:\n{listed}"
 
 
@@ -242,7 +247,8 @@ def _groups(weight_units: dict[str, tuple[Tensor, Tensor]]) -> list[UnitGroup]:
     for unit, names in sorted(makers.items()):
         members.setdefault(tuple(names), []).append(unit)
     return [
-        UnitGroup(names[0].removesuffix(".weight"), list(names), torch.tensor(units)) for names, units in members.items()
+        UnitGroup(names[0].removesuffix(".weight"), list(names), torch.tensor(units))
+        for names, units in members.items()
     ]
 
 
@@ -290,7 +296,11 @@ def _tie_shared_parameters(labels: Labels, nodes: list[fx.Node]) -> None:
             continue
         node.meta["role"] = labels.role.get(node)
         for operand, own in _static_operands(node, axis):
-            if operand.op == "placeholder" and operand.meta["dtype"].is_floating_point and len(operand.users) > 1:
+            if (
+                operand.op == "placeholder"
+                and operand.meta["dtype"].is_floating_point
+                and len(operand.users) > 1
+            ):
                 label = labels.of(node).flatten()
                 if len(label) == operand.meta["shape"][own]:
                     labels.sets.union(label, first.setdefault((operand.meta["tensor"], own), label))
@@ -338,7 +348,9 @@ def _element_positions(operand: fx.Node) -> tuple[str, tuple[int, ...], Tensor] 
     shape = node.meta["shape"]
     positions = torch.arange(math.prod(shape)).reshape(shape)
     for step in reversed(chain):
-        args, kwargs = fx.node.map_arg((step.args, dict(step.kwargs)), lambda n, p=positions: n.meta.get("value", p))
+        args, kwargs = fx.node.map_arg(
+            (step.args, dict(step.kwargs)), lambda n, p=positions: n.meta.get("value", p)
+        )
         positions = step.target(*args, **kwargs)  # type: ignore[operator]
     return node.meta["tensor"], shape, positions
 

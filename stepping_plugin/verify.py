@@ -88,7 +88,9 @@ def verify(net: SteppingNet, x: Tensor | None = None, *, engine: bool = True, se
         for i in range(1, net.num_subnets + 1):
             error = float((exact.extract(i)(x) - scores[i - 1]).abs().max()) / scale
             if not error <= TOLERANCE:
-                raise NestingError(f"Subnet {i} extracted as a module differs from the nested net by {error:.1e}.", subnet=i)
+                raise NestingError(
+                    f"Subnet {i} extracted as a module differs from the nested net by {error:.1e}.", subnet=i
+                )
             report.extract_error.append(error)
         report.step_gain = ((scores[1:] - scores[:-1]).abs().flatten(1).amax(1) / scale).tolist()
         if engine:
@@ -101,7 +103,9 @@ def _engine_errors(net: SteppingNet, x: Tensor, scores: Tensor, scale: float) ->
     for i, (stepped, expected) in enumerate(zip(net.deploy().steps(x), scores), start=1):
         errors.append(float((stepped - expected).abs().max()) / scale)
         if not errors[-1] <= TOLERANCE:
-            raise NestingError(f"The engine's subnet {i} differs from the nested net by {errors[-1]:.1e}.", subnet=i)
+            raise NestingError(
+                f"The engine's subnet {i} differs from the nested net by {errors[-1]:.1e}.", subnet=i
+            )
     return errors
 
 
@@ -132,7 +136,9 @@ def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return (noise * magnitude).to(tensor)
 
 
-def _elements_above(net: SteppingNet, tensors: dict[str, Tensor], level: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _elements_above(
+    net: SteppingNet, tensors: dict[str, Tensor], level: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Tensors with a boolean mask (broadcastable) of the elements that only subnets above `level` may use."""
     levels, direct = net.levels, direct_weights(net.analysis)
     for name, (out_units, in_units) in net.analysis.weight_units.items():
@@ -153,7 +159,9 @@ def _elements_above(net: SteppingNet, tensors: dict[str, Tensor], level: int) ->
             yield tensor, higher.reshape([-1 if d == axis else 1 for d in range(tensor.dim())])
 
 
-def _leak_error(net: SteppingNet, noise: dict[int, Tensor], x: Tensor, subnet: int, leak: float) -> NestingError:
+def _leak_error(
+    net: SteppingNet, noise: dict[int, Tensor], x: Tensor, subnet: int, leak: float
+) -> NestingError:
     layer = _first_difference(net, noise, x, subnet) or "the classifier"
     return NestingError(
         f"{layer}: subnet {subnet} is not nested; its class scores change by {leak:.1e} (relative) when the units above it "

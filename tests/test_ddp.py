@@ -17,7 +17,7 @@ from stepping_plugin.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
-SCRIPT = '''
+SCRIPT = """
 import json, os, sys
 import torch
 from torch import nn
@@ -40,8 +40,8 @@ val = TensorSet(images[45:], labels[45:], (0.5,), (0.25,))  # an odd number
 
 
 def model(norm):
-    return nn.Sequential(nn.Conv2d(1, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), norm(8), nn.ReLU(), nn.Flatten(),
-                         nn.Linear(32, 4)).double()
+    return nn.Sequential(nn.Conv2d(1, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), norm(8), nn.ReLU(),
+                         nn.Flatten(), nn.Linear(32, 4)).double()
 
 
 def run(norm, name, shift=0, **options):
@@ -52,7 +52,8 @@ def run(norm, name, shift=0, **options):
     net = SteppingNet(net, analysis, levels, [1] * 3, 1)
     torch.manual_seed(2)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)).double()
-    config = TrainConfig(epochs=3, lr=0.05, warmup_epochs=1, clip_grad=1.0, smoothing=0.1, **options.pop("config", {}))
+    given = options.pop("config", {})
+    config = TrainConfig(epochs=3, lr=0.05, warmup_epochs=1, clip_grad=1.0, smoothing=0.1, **given)
     batch = 12 // world
     loaders = (EpochLoader(train, batch, train=True, seed=3, rank=rank, world=world),
                EpochLoader(val, batch, train=False, rank=rank, world=world))
@@ -77,7 +78,7 @@ if world > 1:
     loop._Run.one_epoch = None  # a finished run trains no more
     run(plain, "finished", config={"checkpoint_steps": 5}, checkpoint_dir=f"{folder}/checkpoints")
     torch.distributed.destroy_process_group()
-'''
+"""
 
 
 def start(folder: Path, rank: int, port: int) -> subprocess.Popen:
@@ -85,7 +86,9 @@ def start(folder: Path, rank: int, port: int) -> subprocess.Popen:
     environment = {**os.environ, **{name: str(value) for name, value in names.items()}}
     environment.update(MASTER_ADDR="127.0.0.1", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     command = [sys.executable, str(folder / "script.py"), str(folder)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture(scope="module")

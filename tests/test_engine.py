@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from nets import ARCHITECTURES, FAMILIES, Plain, image_size, images, make, nested, random_levels, relative
+from nets import ARCHITECTURES, FAMILIES, Plain, images, make, nested, random_levels, relative
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,7 +132,9 @@ def test_sessions_share_an_engine_without_meeting(small):
     _, engine, x, expected = small
     a, b = engine.start(x[:2]), engine.start(x[2:7])
     a.step(), b.step(), b.step(), a.step()
-    assert relative(a.logits, expected[2, :2]) < TOLERANCE and relative(b.logits, expected[2, 2:7]) < TOLERANCE
+    assert (
+        relative(a.logits, expected[2, :2]) < TOLERANCE and relative(b.logits, expected[2, 2:7]) < TOLERANCE
+    )
 
 
 def test_threads_share_an_engine(small):
@@ -150,7 +152,7 @@ def test_threads_share_an_engine(small):
 
 
 def test_earlier_scores_stay_and_caches_go(small):
-    _, engine, x, expected = small
+    _, engine, x, _ = small
     session = engine.start(x)
     first = session.logits.clone()
     held = session.cache_bytes
@@ -266,7 +268,17 @@ def test_every_sample_stops_by_the_rule(small, kind):
 
 @pytest.mark.parametrize(
     "until",
-    [{}, {"max_prop": 0.5}, {"max_prob": 1.5}, {"entropy": -1}, {"margin": "high"}, 0.5, lambda s: s, lambda s: s[0, 0] > 0, lambda s: True],
+    [
+        {},
+        {"max_prop": 0.5},
+        {"max_prob": 1.5},
+        {"entropy": -1},
+        {"margin": "high"},
+        0.5,
+        lambda s: s,
+        lambda s: s[0, 0] > 0,
+        lambda s: True,
+    ],
 )
 def test_wrong_rules(small, until):
     with pytest.raises(SteppingError):
@@ -308,7 +320,7 @@ def test_clock_estimates():
     assert clock.estimate(2, 2, last=1) == pytest.approx(15.0)
 
 
-# ------------------------------------------------------------------------------------------------- acceptance list
+# ------------------------------------------------------------------------------ acceptance list
 
 
 @pytest.mark.slow

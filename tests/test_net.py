@@ -12,7 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from stepping_plugin import BudgetError, CaptureError, CheckpointError, SteppingError, apply_steppingnet, load, verify
+from stepping_plugin import (
+    BudgetError,
+    CaptureError,
+    CheckpointError,
+    SteppingError,
+    apply_steppingnet,
+    load,
+    verify,
+)
 from stepping_plugin.integrations.fvcore import count_macs
 
 BUDGETS = [0.1, 0.25, 0.4, 0.6]  # the triangular mask cannot spend much more without widening
@@ -45,7 +53,9 @@ def test_the_story_of_the_readme(model, net):
             net.active_subnet = i
             assert torch.equal(net(x), everything[i - 1])
             assert relative(net.extract(i)(x), everything[i - 1]) < 1e-10
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "the user's model is not modified"
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), (
+        "the user's model is not modified"
+    )
 
 
 def test_subnets_differ(net):
@@ -124,7 +134,9 @@ def test_conversion_in_float32_and_channels_last(model):
     x = images(net.analysis.image_size).float()
     with torch.no_grad():
         plain = net.forward_all(x)
-        packed = net.to(memory_format=torch.channels_last).forward_all(x.to(memory_format=torch.channels_last))
+        packed = net.to(memory_format=torch.channels_last).forward_all(
+            x.to(memory_format=torch.channels_last)
+        )
     assert relative(packed, plain) < 1e-4
 
 
@@ -137,7 +149,9 @@ def test_save_and_load(net, tmp_path):
     x = images(net.analysis.image_size)
     with torch.no_grad():
         assert relative(loaded.double().forward_all(x), net.forward_all(x)) < 1e-6
-    assert loaded.macs == net.macs and loaded.budgets == net.budgets and torch.equal(loaded.levels, net.levels)
+    assert (
+        loaded.macs == net.macs and loaded.budgets == net.budgets and torch.equal(loaded.levels, net.levels)
+    )
     assert loaded.reference_macs == net.reference_macs
 
 
@@ -155,7 +169,9 @@ def test_users_models_are_loaded_into_an_instance(tmp_path):
     net.save(tmp_path / "plain.safetensors")
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(load(tmp_path / "plain.safetensors", Plain()).forward_all(x), net.eval().forward_all(x))
+        assert torch.equal(
+            load(tmp_path / "plain.safetensors", Plain()).forward_all(x), net.eval().forward_all(x)
+        )
     with pytest.raises(CheckpointError, match="Pass load"):
         load(tmp_path / "plain.safetensors")
 
@@ -276,7 +292,9 @@ def test_unsuitable_models(model):
     with pytest.raises(SteppingError, match="not a model"):
         apply_steppingnet("resnet18", [0.5])
     with pytest.raises(CaptureError, match=r"No unit|no layer|classifier"):
-        apply_steppingnet(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), [0.5], example_inputs=torch.zeros(1, 3, 4, 4))
+        apply_steppingnet(
+            nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), [0.5], example_inputs=torch.zeros(1, 3, 4, 4)
+        )
 
 
 def test_data_dependent_control_flow_is_refused():
@@ -301,3 +319,40 @@ def test_wrong_use_of_a_net(net):
         net.set_levels(torch.full((net.analysis.num_units,), 6))
     with pytest.raises(SteppingError, match="empty layer"):
         net.set_levels(torch.full((net.analysis.num_units,), 2))
+
+
+# ------------------------------------------------------------------------------------------------- data at hand
+
+
+def test_construction_on_data_then_retraining():
+    """The user-code story: apply_steppingnet on a loader, then net.fit; subnets learn, budgets hold, nesting holds."""
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from stepping_plugin import ConstructionConfig, TrainConfig
+
+    torch.manual_seed(0)
+    labels = torch.randint(0, 4, (128,))
+    pictures = 0.3 * torch.randn(128, 1, 8, 8)
+    for k in range(4):  # class k: a bright quadrant
+        pictures[labels == k, 0, 4 * (k // 2) : 4 * (k // 2) + 4, 4 * (k % 2) : 4 * (k % 2) + 4] += 1
+    loader = DataLoader(TensorDataset(pictures, labels), 32, shuffle=True)
+    model = timm.create_model("digits_net", num_classes=4, in_chans=1, img_size=8)
+    config = ConstructionConfig(iterations=4, batches=3, expansion=1.5)
+    net = apply_steppingnet(model, [0.2, 0.5, 0.8], train_loader=loader, config=config, device="cpu")
+    assert all(0.97 * b <= m <= b for m, b in zip(net.macs, net.budgets, strict=True))
+    assert int(net.levels.max()) == 3, "spare units are gone"
+    history = net.fit(
+        loader, loader, TrainConfig(epochs=6, lr=0.05, device="cpu"), teacher=model, progress=False
+    )
+    assert min(history.epochs[-1]["accuracy"]) > 0.8
+    verify(net, engine=False)
+
+
+def test_widening_lets_the_largest_subnet_use_its_budget(model):
+    from stepping_plugin import ConstructionConfig
+
+    budgets = [0.1, 0.3, 0.5, 0.85]
+    narrow = apply_steppingnet(model, budgets)
+    assert narrow.macs[-1] < 0.99 * narrow.budgets[-1] and any("widen" in note for note in narrow.notes)
+    wide = apply_steppingnet(model, budgets, config=ConstructionConfig(expansion=1.25))
+    assert all(0.99 * b <= m <= b for m, b in zip(wide.macs, wide.budgets, strict=True))

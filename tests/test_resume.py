@@ -72,8 +72,8 @@ def run(kind, folder):
     options = dict(checkpoint_dir=folder, teacher=teacher)
     if kind == 0:
         data = Talking(images, labels, (0.5,), (0.25,), Augment(1, 0.5))
-        config = TrainConfig(epochs=4, opt="adamw", lr=0.01, warmup_epochs=1, model_ema=True, model_ema_decay=0.9,
-                             grad_accum_steps=2, clip_grad=1.0, checkpoint_steps=2)
+        config = TrainConfig(epochs=4, opt="adamw", lr=0.01, warmup_epochs=1, model_ema=True,
+                             model_ema_decay=0.9, grad_accum_steps=2, clip_grad=1.0, checkpoint_steps=2)
         fit(net, EpochLoader(data, 8, train=True, seed=3), None, config, **options)
     elif kind == 1:
         batches = DataLoader(Noisy(), 8, shuffle=True)
@@ -90,7 +90,7 @@ def forked(kind, folder, batches=None, pause=0.0):
     read, pipe = os.pipe()
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)  # makes torch's pool anew before several threads of the fork ask for it at once
+        torch.set_num_threads(1)  # makes torch's pool anew before several threads ask for it at once
         os.close(read)
         if batches is None:
             pipe = None
@@ -113,7 +113,8 @@ chance, killed = random.Random(0), []
 for kind in range(kinds):
     whole, broken = (os.path.join(folder, f"{name}{kind}") for name in ("whole", "killed"))
     forked(kind, whole)
-    killed.append(sum(forked(kind, broken, chance.randrange(3, 10), chance.random() * 0.02) for _ in range(kills)))
+    points = [(chance.randrange(3, 10), chance.random() * 0.02) for _ in range(kills)]
+    killed.append(sum(forked(kind, broken, *point) for point in points))
     forked(kind, broken)
 print(json.dumps(killed))
 '''
@@ -148,7 +149,9 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 @pytest.mark.parametrize("number", range(len(KINDS)), ids=KINDS)
 def test_killed_runs_end_with_the_same_bits(number, folder):
-    assert json.loads((folder / "killed.json").read_text())[number] >= 2  # later ones may find nothing left to do
+    assert (
+        json.loads((folder / "killed.json").read_text())[number] >= 2
+    )  # later ones may find nothing left to do
     whole, killed = (load_checkpoint(folder / f"{run}{number}" / CHECKPOINT) for run in ("whole", "killed"))
     assert whole["epoch"] == 4 and whole["trainer"]["updates"] in (12, 24)
     assert differences(whole, killed) == []

@@ -23,24 +23,26 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class ConstructionConfig:
-    """How subnets are found (Fig. 3). Named as in the paper's text or, for the training in between, as in timm.
+    """How subnets are found (Fig. 3). Named as in the paper, or as in timm for the training in between.
 
     Attributes:
-        flow: "trajectory": every subnet follows its own MAC target down to its budget; "paper": the literal rules.
+        flow: "trajectory": every subnet follows its own MAC target down to its budget; "paper": the literal
+            rules.
         iterations: N_t.
         batches: m, training batches per iteration.
         expansion: widen every layer by this factor before construction.
         noise: how unequally the copies of a widened unit share its outgoing weights, see `widening.widen`.
         init: weights of the start network: "original" (widened, same function) or "random".
-        importance: estimator of Eq. 2: absolute value "per-sample" or "per-batch" (the paper); or "magnitude" of the
-            weights; or "random" order.
+        importance: estimator of Eq. 2: absolute value "per-sample" or "per-batch" (the paper); or
+            "magnitude" of the weights; or "random" order.
         importance_batches: batches per iteration on which Eq. 2 is evaluated, the last ones of the m.
         alpha: alpha_k = alpha ** (k - 1) in Eq. 3.
         beta: suppression of weight updates (III-A2); 1: none.
         threshold: weights of smaller magnitude are pruned after every iteration; 0: none.
         band: least and greatest width of a layer relative to the uniform pattern; None: free.
         updates: "joint" (one pass for all subnets) or "sequential" (the paper's ascending order).
-        opt, lr, momentum, weight_decay, clip_grad, grad_accum_steps, amp, amp_dtype: see `training.TrainConfig`.
+        opt, lr, momentum, weight_decay, clip_grad, grad_accum_steps, amp, amp_dtype: see
+            `training.TrainConfig`.
 
     Raises:
         SteppingError: one error that lists everything that is wrong.

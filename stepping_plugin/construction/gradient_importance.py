@@ -1,22 +1,24 @@
 """Importance of units from gradients (paper III-A2, Eq. 2 and 3).
 
-The paper multiplies the weighted input of neuron j by a factor r_j (Eq. 1), which is 1, and asks for the gradient of the
-cost L_k of every subnet with respect to it (Eq. 2). No factor has to run: with z the weighted input without bias,
+The paper multiplies the weighted input of neuron j by a factor r_j (Eq. 1), which is 1, and asks for the
+gradient of the cost L_k of every subnet with respect to it (Eq. 2). No factor has to run: with z the
+weighted input without bias,
 
     dL_k/dr_j = sum over samples and positions of z * dL_k/dz = sum over the incoming weights of w * dL_k/dw.
 
-Where a norm follows, r_j stands behind it: batch norm undoes any factor before it, so that the gradient there is 0 (in
-train mode). With z = gamma * (x - mean) / sigma, the norm's output without beta, it is
+Where a norm follows, r_j stands behind it: batch norm undoes any factor before it, so that the gradient
+there is 0 (in train mode). With z = gamma * (x - mean) / sigma, the norm's output without beta, it is
 
     dL_k/dr_j = sum over samples and positions of z * dL_k/dz = gamma * dL_k/dgamma.
 
-A unit may have many channels in many layers (a residual stream, an attention head); r_j multiplies all of them, and its
-gradient is the sum over them. The units of subnet i are ranked by
+A unit may have many channels in many layers (a residual stream, an attention head); r_j multiplies all of
+them, and its gradient is the sum over them. The units of subnet i are ranked by
 
-    M_j = sum_{k >= i} alpha_k |dL_k/dr_j|,  alpha_k = alpha^(k - 1).                                            (Eq. 3)
+    M_j = sum_{k >= i} alpha_k |dL_k/dr_j|,  alpha_k = alpha^(k - 1).
+    (Eq. 3)
 
-The absolute value is taken per sample, or, as in the paper, per batch; never after adding up batches, in which gradients
-of either sign cancel.
+The absolute value is taken per sample, or, as in the paper, per batch; never after adding up batches, in
+which gradients of either sign cancel.
 """
 
 from __future__ import annotations
@@ -35,66 +37,24 @@ from ..net import SteppingNet
 __all__ = ["GradientImportance", "Site", "find_sites"]
 
 _NORMS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "prefix_norm")
-# What a positive factor on a channel passes unchanged: views, sums, pools.
-_PASSING = frozenset(
-    [
-        "add.Tensor",
-        "sub.Tensor",
-        "cat",
-        "stack",
-        "mul.Scalar",
-        "div.Scalar",
-        "clone",
-        "contiguous",
-        "alias",
-        "dropout",
-        "feature_dropout",
-        "to.dtype",
-        "_to_copy",
-        "reshape",
-        "view",
-        "permute",
-        "transpose.int",
-        "t",
-        "unsqueeze",
-        "squeeze",
-        "squeeze.dim",
-        "squeeze.dims",
-        "expand",
-        "flatten.using_ints",
-        "unflatten.int",
-        "slice.Tensor",
-        "select.int",
-        "roll",
-        "flip",
-        "index.Tensor",
-        "index_select",
-        "narrow",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "im2col",
-        "pad",
-        "constant_pad_nd",
-        "relu",
-        "leaky_relu",
-        "max_pool2d",
-        "avg_pool2d",
-        "adaptive_avg_pool2d",
-        "adaptive_max_pool2d",
-    ]
-)
-_SCALING = (
-    "mul.Tensor",
-    "div.Tensor",
-)  # pass it if the other operand belongs to no unit or is a parameter (layer scale)
+# What passes a positive factor on a channel unchanged: views, sums, pools.
+_PASSING = {
+    "add.Tensor", "sub.Tensor", "cat", "stack", "mul.Scalar", "div.Scalar", "clone", "contiguous", "alias",
+    "dropout", "feature_dropout", "to.dtype", "_to_copy", "reshape", "view", "permute", "transpose.int", "t",
+    "unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims", "expand", "flatten.using_ints", "unflatten.int",
+    "slice.Tensor", "select.int", "roll", "flip", "index.Tensor", "index_select", "narrow", "pixel_shuffle",
+    "pixel_unshuffle", "im2col", "pad", "constant_pad_nd", "relu", "leaky_relu", "max_pool2d", "avg_pool2d",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d",
+}  # fmt: skip
+_SCALING = ("mul.Tensor", "div.Tensor")  # pass it unless the other operand is computed and belongs to units
 
 
 @dataclass(frozen=True)
 class Site:
     """A place of r_j: the output of a weight or norm, of which `bias` is to be taken off.
 
-    `units` holds the unit per position of `axis`, -1 for none; `bias_axis` is the axis of a bias vector, None if the bias
-    broadcasts as it is.
+    `units` holds the unit per position of `axis`, -1 for none; `bias_axis` is the axis of a bias vector,
+    None if the bias broadcasts as it is.
     """
 
     node: fx.Node
@@ -140,8 +100,8 @@ class GradientImportance:
     Args:
         net: the levels that it has when `add` is called count.
         estimator: "per-sample" or "per-batch": where the absolute value is taken.
-        reduce: mean over all processes of a tensor, in distributed training. Every process must call `add` for its
-            share of the same batch.
+        reduce: mean over all processes of a tensor, in distributed training. Every process must call `add`
+            for its share of the same batch.
     """
 
     def __init__(
@@ -164,14 +124,14 @@ class GradientImportance:
 
     @property
     def gradients(self) -> Tensor:
-        """Mean of |dL_k/dr_j| over the batches, float64 (N, num_units) on the CPU; 0 for units not in subnet k.
+        """Mean of |dL_k/dr_j| over the batches, float64 (N, num_units); 0 for units not in subnet k.
 
-        Per sample it is the mean over samples of the gradient of a sample's own loss (times the loss's weight).
+        Per sample, a gradient is that of the sample's share of the mean loss, and they are added up.
         """
         return self.total / max(1, self.batches)
 
     def add(self, images: Tensor, losses: Callable[[Tensor], Tensor]) -> None:
-        """One forward and N backward passes; parameters, their gradients and statistics of norms stay as they are.
+        """One forward and N backward passes, which change no parameter, gradient or statistic of a norm.
 
         Args:
             images: (B, C, H, W).
@@ -237,8 +197,8 @@ class _Recorder(fx.Interpreter):
 def find_sites(nested: NestedGraph) -> list[Site]:
     """Where r_j stands in a nested graph: behind weights, or behind the norms that their outputs go to.
 
-    A weight whose output only norms read, by whatever views and sums it gets there, has no site of its own. A norm is a
-    site only if it stands in for a weight.
+    A weight whose output only norms read, by whatever views and sums it gets there, has no site of its own.
+    A norm is a site only if it stands in for a weight.
     """
     graph = nested.module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"][1:]
@@ -271,7 +231,7 @@ def _units(node: fx.Node) -> Tensor | None:
 
 
 def _makes_units(node: fx.Node, masks: set[fx.Node]) -> bool:
-    """Convolution or linear whose output channels are units: its weight is masked, or every group is a unit."""
+    """Convolution or linear that makes units: its weight is masked, or its groups are units."""
     if node.op != "call_function" or _units(node) is None:
         return False
     name = op_name(node)

@@ -72,6 +72,6 @@ def endless(loader: Iterable[Batch], start: int = 0) -> Iterator[Batch]:
             done += 1
         if done == before:
             raise SteppingError(
-                "the training loader is empty, or can be gone through only once. Check the data set, and pass "
-                "a loader that starts anew with every `for`."
+                "the training loader is empty, or can be gone through only once. Check the data set, and "
+                "pass a loader that starts anew with every `for`."
             )

@@ -1,4 +1,4 @@
-"""The band of the trajectory flow: how wide a layer may be while the subnets are on their way to their budgets."""
+"""The band of the trajectory flow: how wide layers may be while the subnets are on their way down."""
 
 from __future__ import annotations
 

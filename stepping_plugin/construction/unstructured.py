@@ -1,11 +1,13 @@
 """Unstructured pruning during construction (paper III-A1): weights of negligible magnitude are set to 0.
 
-A pruned weight is not removed: the iterations that follow train it like any other ("we do not remove these weights
-permanently during pruning but allow them to update"), so it is free to grow again, and every round decides anew. The
-synapses of a unit that has moved are revived: the round after the move leaves them alone, and gives those that were set
-to 0 before, and that training has not changed since, their old value back.
+A pruned weight is not removed: the iterations that follow train it like any other ("we do not remove these
+weights permanently during pruning but allow them to update"), so it is free to grow again, and every round
+decides anew. The
+synapses of a unit that has moved are revived: the round after the move leaves them alone, and gives those
+that were set to 0 before, and that training has not changed since, their old value back.
 
-Dense kernels do not skip zeros: the pruned share is a number to report, not a saving. MACs count all live synapses.
+Dense kernels do not skip zeros: the pruned share is a number to report, not a saving. MACs count all live
+synapses.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class UnstructuredPruning:
     """Rounds of pruning of one net.
 
     Attributes:
-        pruned: what the last round set to 0, by weight name: places LongTensor (K, dimensions) and old values (K,).
+        pruned: what the last round set to 0, by weight name: places LongTensor (K, dimensions) and old
+            values (K,).
         fraction: the share that those are of the weights of all live synapses.
 
     Args:
@@ -73,27 +76,30 @@ class UnstructuredPruning:
             fresh = _at(moved, inputs).expand(len(row), -1)
             if outputs is not None:
                 fresh = fresh | _at(moved, outputs)[:, None]
-            masks = [(m.t() if transposed else m).to(weight.device) for m in (live, fresh)]
-            yield (
-                name,
-                weight,
-                *[m.reshape(*m.shape, *[1] * (weight.dim() - 2)).expand_as(weight) for m in masks],
-            )  # type: ignore[misc]
+            live, fresh = (_like(weight, m.t() if transposed else m) for m in (live, fresh))
+            yield name, weight, live, fresh
 
     def _synapses(self) -> Iterator[tuple[str, Tensor | None, Tensor, bool]]:
-        """Name of every weight, output units (None: the classifier), input units, and whether inputs come first."""
+        """Per weight: name, output units (None: the classifier), input units, whether inputs come first."""
         analysis = self.net.analysis
         direct, layouts = direct_weights(analysis), weight_layouts(analysis)
         for name, (outputs, inputs) in sorted(analysis.weight_units.items()):
             if name in direct:
                 yield name, outputs, inputs, layouts[name][1]
-        for name, inputs in {x.weight: x.in_units for x in analysis.layers if x.role == Role.HEAD}.items():
-            if name is not None:
-                yield name, None, inputs, False
+        heads = {
+            x.weight: x.in_units for x in analysis.layers if x.role == Role.HEAD and x.weight is not None
+        }
+        for head, inputs in heads.items():
+            yield head, None, inputs, False
 
 
 def _at(units_mask: Tensor, units: Tensor) -> Tensor:
     return (units >= 0) & units_mask[units.clamp(min=0)]
+
+
+def _like(weight: Tensor, mask: Tensor) -> Tensor:
+    """A mask over the first two axes of a weight as one of all its elements."""
+    return mask.reshape(*mask.shape, *[1] * (weight.dim() - 2)).expand_as(weight).to(weight.device)
 
 
 def _revive(weight: Tensor, fresh: Tensor, places: Tensor, values: Tensor) -> None:

@@ -1,11 +1,13 @@
-"""Function-preserving widening (Net2Wider, https://arxiv.org/abs/1511.05641) of any model whose units are known.
+"""Function-preserving widening (Net2Wider, https://arxiv.org/abs/1511.05641) of any model with known units.
 
-The paper expands the network before construction, so that units can be chosen from more than are needed. Here units are
-duplicated: a copy computes what the original unit computes, and whoever reads the unit reads all its copies with shares
-of the old weight that add up to 1. With all units at level 1 the wide network is the same function.
+The paper expands the network before construction, so that units can be chosen from more than are needed.
+Here units are
+duplicated: a copy computes what the original unit computes, and whoever reads the unit reads all its copies
+with shares of the old weight that add up to 1. With all units at level 1 the wide network is the same
+function.
 
-Where a unit's value enters a statistic over channels (layer norm, mean over channels), that only holds if every unit of
-the tensor has the same number of copies. Such tensors grow by whole factors, or not at all.
+Where a unit's value enters a statistic over channels (layer norm, mean over channels), that only holds if
+every unit of the tensor has the same number of copies. Such tensors grow by whole factors, or not at all.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ def widen(model: nn.Module, analysis: Analysis, factor: float, seed: int = 0, no
         analysis: its units.
         factor: at least 1; a width of `size` units grows to `round(factor * size)`.
         seed: decides which units get one copy more than others, and the noise.
-        noise: relative spread of the shares that the copies of a unit get of its outgoing weights. 0: equal shares; the
-            copies then have equal gradients and stay the same unit until they are at different levels. The function is
-            preserved whatever the noise is.
+        noise: relative spread of the shares that the copies of a unit get of its outgoing weights. 0: equal
+            shares; the copies then have equal gradients and stay the same unit until they are at different
+            levels. The function is preserved whatever the noise is.
 
     Raises:
         SteppingError: factor below 1, or noise that would make a share 0 or less.
@@ -67,7 +69,7 @@ def widen(model: nn.Module, analysis: Analysis, factor: float, seed: int = 0, no
 
 
 def copies_for(analysis: Analysis, factor: float, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-    """How many copies of every unit make every width `factor` times as wide, LongTensor (num_units,), and notes.
+    """Copies of every unit that make every width `factor` times as wide, LongTensor (num_units,), and notes.
 
     Extra copies are spread evenly: counts within a group differ by one at most, and chance decides where.
     """
@@ -78,6 +80,8 @@ def copies_for(analysis: Analysis, factor: float, generator: torch.Generator) ->
         uniform[units] = True
         if bears_copies and not bool(fixed[units].any()):
             copies[units] = math.floor(factor)
+        else:
+            fixed[units] = True
     for group in analysis.groups:
         free = group.units[~(fixed | uniform)[group.units]]
         extra = round(factor * len(free)) - math.floor(factor) * len(free)
@@ -91,20 +95,22 @@ def _notes(analysis: Analysis, factor: float, copies: Tensor, fixed: Tensor) -> 
     short: dict[str, list[str]] = {}
     for group in analysis.groups:
         if int(copies[group.units].sum()) < round(factor * len(group.units)):
-            reason = "their weights are transformed before use, or a statistic is taken over their channels"
+            reason = "a transformed weight, a convolution or a statistic over their channels bears no copies"
             if not bool(fixed[group.units].any()):
                 reason = "a statistic over their channels allows whole factors only"
             short.setdefault(reason, []).append(group.name)
     return [
-        f"widening by {factor:g} leaves {len(names)} of {len(analysis.groups)} groups of layers narrower than that, because "
+        f"widening by {factor:g} leaves {len(names)} of {len(analysis.groups)} widths below that, because "
         f"{reason}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         for reason, names in short.items()
     ]
 
 
 def _statistics_sets(analysis: Analysis) -> list[tuple[Tensor, bool]]:
-    """Disjoint sets of units that enter statistics over channels together, and whether those bear equal numbers of
-    copies."""
+    """Disjoint sets of units that enter statistics over channels together, and whether those bear copies.
+
+    They do if they stay the same when every unit of the set has the same number of copies.
+    """
     found: list[tuple[set[int], bool]] = []
     for program in analysis.programs.values():
         for node in _statistics(program):
@@ -141,25 +147,26 @@ def _merge(sets: list[tuple[set[int], bool]]) -> list[tuple[set[int], bool]]:
 
 
 def _cannot_grow(analysis: Analysis) -> Tensor:
-    """Units of weights that are transformed before use (standardised), whose copies would share one parameter and whose
-    shares the transformation would undo. BoolTensor (num_units,)."""
+    """Units that bear no copies, BoolTensor (num_units,).
+
+    Copies of a weight that is transformed before use (standardised) would share one parameter, and the
+    transformation would undo their shares. A convolution along the channels reads one unit per position.
+    """
     fixed = torch.zeros(analysis.num_units, dtype=torch.bool)
     direct = direct_weights(analysis)
-    for name, pair in analysis.weight_units.items():
-        if name not in direct:
-            for units in pair:
-                fixed[units[units >= 0]] = True
+    stays = [units for name, pair in analysis.weight_units.items() if name not in direct for units in pair]
     for layer in analysis.layers:
         weight = layer.node.args[1]
         transformed = not (isinstance(weight, fx.Node) and weight.op == "placeholder")
-        if layer.role in (Role.HEAD, Role.GROUPED) and transformed:
-            for units in (layer.in_units, layer.out_units):
-                fixed[units[units >= 0]] = True
+        if layer.role == Role.TAPS or (transformed and layer.role in (Role.HEAD, Role.GROUPED)):
+            stays += [layer.in_units, layer.out_units]
+    for units in stays:
+        fixed[units[units >= 0]] = True
     return fixed
 
 
 def _shares(copies: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Share of every new unit in what is read of its old unit, float64 (copies.sum(),); shares of a unit sum to 1."""
+    """Share of every new unit in what is read of its old one, float64; the shares of an old unit sum to 1."""
     parent = torch.arange(len(copies)).repeat_interleave(copies)
     spread = 2 * torch.rand(len(parent), generator=generator, dtype=torch.float64) - 1
     shares = (1 + noise * spread) / copies[parent]
@@ -186,7 +193,8 @@ def _split_outgoing(model: nn.Module, analysis: Analysis, shares: Tensor) -> Non
 def reinitialise(model: nn.Module, seed: int) -> None:
     """Give a model new random weights, in place: every module that can be reset is.
 
-    Parameters of modules without `reset_parameters` (class tokens, layer scales, position embeddings) keep their values.
+    Parameters of modules without `reset_parameters` (class tokens, layer scales, position embeddings) keep
+    their values.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

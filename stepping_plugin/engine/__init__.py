@@ -5,4 +5,13 @@ from .engine import Engine, Prediction, compile_engine
 from .exit import entropy, margin, max_probability
 from .session import Session
 
-__all__ = ["Engine", "Prediction", "Session", "StepProgram", "compile_engine", "entropy", "margin", "max_probability"]
+__all__ = [
+    "Engine",
+    "Prediction",
+    "Session",
+    "StepProgram",
+    "compile_engine",
+    "entropy",
+    "margin",
+    "max_probability",
+]

@@ -1,7 +1,7 @@
 """`stepping bench engine`: what stepping costs, beside the dense original and beside starting from scratch.
 
-All contenders run in one process and take turns, so that they meet the same machine; medians of many turns are
-reported. Ratios of one run can be compared, milliseconds of different runs cannot.
+All contenders run in one process and take turns, so that they meet the same machine; medians of many turns
+are reported. Ratios of one run can be compared, milliseconds of different runs cannot.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,9 @@ def bench_engine(
         size = tuple(model.default_cfg["input_size"])  # type: ignore[index]
         analysis = analyse(model, size, modes=(False,))
         budgets = [1] * num_subnets
-        net = SteppingNet(copy.deepcopy(model), analysis, equal_levels(analysis, num_subnets), budgets, 1).eval()
+        net = SteppingNet(
+            copy.deepcopy(model), analysis, equal_levels(analysis, num_subnets), budgets, 1
+        ).eval()
         for batch_size in batch_sizes:
             entry = bench_net(net, model, batch_size, turns=turns, seconds=seconds, compile=compile)
             results.append({"model": name, **entry})
@@ -80,7 +83,12 @@ def bench_engine(
                 f"{name}, batch {batch_size}: sum of steps / dense {entry['ratio']:.2f}, "
                 f"from scratch {entry['scratch_ratio']:.2f}, MACs {entry['macs_ratio']:.2f}"
             )
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "compiled": compile, "results": results}
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "compiled": compile,
+        "results": results,
+    }
 
 
 def _timm_model(name: str) -> nn.Module:
@@ -106,21 +114,22 @@ def bench_net(
 
     Returns:
         Milliseconds: `dense`, `subnets` (each from scratch), `steps`, `total` (sum of the steps); `ratio` =
-        total / dense, `scratch_ratio` = sum of subnets / dense; `macs` (per step) and `dense_macs` per sample,
-        `macs_ratio`; `cache_bytes` after every step.
+        total / dense, `scratch_ratio` = sum of subnets / dense; `macs` (per step) and `dense_macs` per
+        sample, `macs_ratio`; `cache_bytes` after every step.
     """
     engine = compile_engine(net, compile=compile)
     x = torch.randn(batch_size, *engine.image_size, dtype=engine.dtype, device=engine.device)
-    subnets: list[nn.Module] = [net.extract(i) for i in range(1, net.num_subnets + 1)]
+    subnets: list[Callable[..., Any]] = [net.extract(i) for i in range(1, net.num_subnets + 1)]
+    original: Callable[..., Any] = dense
     if compile:
-        dense, subnets = torch.compile(dense), [torch.compile(s) for s in subnets]  # type: ignore[assignment]
-    single = {"dense": dense, **{f"subnet{i}": s for i, s in enumerate(subnets, start=1)}}
+        original, *subnets = [torch.compile(m) for m in (original, *subnets)]
+    single = {"dense": original, **{f"subnet{i}": s for i, s in enumerate(subnets, start=1)}}
     times: dict[str, list[float]] = {}
     with torch.inference_mode():
         began = time.perf_counter()
         for turn in range(turns + 2):
             for name, module in single.items():
-                _add(times, name, lambda m=module: m(x), engine, turn)
+                _add(times, name, partial(module, x), engine, turn)
             cache = _turn_of_steps(engine, x, times, turn)
             if seconds is not None and turn > 4 and time.perf_counter() - began > seconds:
                 break
@@ -128,12 +137,22 @@ def bench_net(
     steps = [middle[f"step{i}"] for i in range(1, net.num_subnets + 1)]
     scratch = [middle[f"subnet{i}"] for i in range(1, net.num_subnets + 1)]
     increments = [b - a for a, b in zip([0, *engine.macs], engine.macs)]
+    total = sum(steps)
     return {
-        "batch_size": batch_size, "turns": len(times["dense"]), "dense": middle["dense"], "subnets": scratch, "steps": steps,
-        "total": sum(steps), "ratio": sum(steps) / middle["dense"], "scratch_ratio": sum(scratch) / middle["dense"],
-        "macs": increments, "dense_macs": net.macs_model.total, "macs_ratio": engine.macs[-1] / net.macs_model.total,
-        "subnet_macs": list(net.macs), "cache_bytes": cache,
-    }  # fmt: skip
+        "batch_size": batch_size,
+        "turns": len(times["dense"]),
+        "dense": middle["dense"],
+        "subnets": scratch,
+        "steps": steps,
+        "total": total,
+        "ratio": total / middle["dense"],
+        "scratch_ratio": sum(scratch) / middle["dense"],
+        "macs": increments,
+        "dense_macs": net.macs_model.total,
+        "macs_ratio": engine.macs[-1] / net.macs_model.total,
+        "subnet_macs": list(net.macs),
+        "cache_bytes": cache,
+    }
 
 
 def _turn_of_steps(engine: Engine, x: Tensor, times: dict[str, list[float]], turn: int) -> list[int]:
@@ -160,16 +179,36 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     """The result of `bench_engine` as a table."""
     from rich.table import Table
 
-    title = f"Engine, {report['threads']} thread(s), medians in ms" + (", compiled" if report["compiled"] else "")
+    title = f"Engine, {report['threads']} thread(s), medians in ms" + (
+        ", compiled" if report["compiled"] else ""
+    )
     table = Table(title=title)
-    for heading in ("model", "batch", "dense", "steps", "sum", "sum/dense", "MACs/dense", "subnets from scratch", "all/dense", "cache MiB"):
+    for heading in (
+        "model",
+        "batch",
+        "dense",
+        "steps",
+        "sum",
+        "sum/dense",
+        "MACs/dense",
+        "subnets from scratch",
+        "all/dense",
+        "cache MiB",
+    ):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for entry in report["results"]:
         table.add_row(
-            entry["model"], str(entry["batch_size"]), f"{entry['dense']:.2f}", _listed(entry["steps"]), f"{entry['total']:.2f}",
-            f"{entry['ratio']:.2f}", f"{entry['macs_ratio']:.2f}", _listed(entry["subnets"]), f"{entry['scratch_ratio']:.2f}",
+            entry["model"],
+            str(entry["batch_size"]),
+            f"{entry['dense']:.2f}",
+            _listed(entry["steps"]),
+            f"{entry['total']:.2f}",
+            f"{entry['ratio']:.2f}",
+            f"{entry['macs_ratio']:.2f}",
+            _listed(entry["subnets"]),
+            f"{entry['scratch_ratio']:.2f}",
             f"{max(entry['cache_bytes']) / 2**20:.1f}",
-        )  # fmt: skip
+        )
     return table
 
 

@@ -14,8 +14,8 @@ WINDOW = 24  # measured times that are remembered per step and batch size
 class StepClock:
     """Measured times of every step, by batch size.
 
-    An estimate is deliberately high (nearly the slowest of the recent times), and it grows when the machine is slower
-    right now than it used to be, which the steps of the request that has just run tell.
+    An estimate is deliberately high (nearly the slowest of the recent times), and it grows when the machine
+    is slower right now than it used to be, which the steps of the request that has just run tell.
 
     Args:
         macs: MACs that each step executes per sample; they scale times of steps that were never measured.
@@ -50,11 +50,12 @@ class StepClock:
         if window:
             return _quantile(window, 0.9)
         known = [(size, _quantile(times, 0.9)) for (s, size), times in self._times.items() if s == level]
-        if known:  # another batch size: a step is never slower per sample than alone, never faster than a smaller batch
+        if known:  # of other batch sizes: a larger batch takes longer, a smaller one takes longer per sample
             larger = [seconds for size, seconds in known if size >= batch_size]
             return min(larger) if larger else max(seconds * batch_size / size for size, seconds in known)
+        share = self._macs[level - 1] / max(1, self._macs[last - 1])
         guesses = [
-            _quantile(times, 0.9) * max(1.0, batch_size / size) * self._macs[level - 1] / max(1, self._macs[s - 1])
+            _quantile(times, 0.9) * max(1.0, batch_size / size) * share
             for (s, size), times in self._times.items()
             if s == last
         ]

@@ -1,33 +1,39 @@
 """One step program: a plain graph that computes the slices of one level from the caches of lower levels.
 
-Every operator of the eval program is emitted once per level, on the positions of that level. A weight between units
-reads the *prefix* of its input: what lower levels left in a cache, and the slice of this level. Caches are named; a
-step program lists which ones it takes and which new ones it returns.
+Every operator of the eval program is emitted once per level, on the positions of that level. A weight between
+units reads the *prefix* of its input: what lower levels left in a cache, and the slice of this level. Caches
+are named; a step program lists which ones it takes and which new ones it returns.
 """
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..graph.labels import Role
-from ..graph.operands import Operands, touches_units
 from ..graph.program import call_arg, is_static, op_name
 from ..graph.rules import reduced_axes
 from ..macs import dense_macs
 from . import kernels
 from .plan import Plan, is_pointwise, norm_options, normalised_axes, spread
+from .step import IMAGE, SCORES, StepGraph
 
 __all__ = ["IMAGE", "SCORES", "StepProgram", "emit_steps"]
 
 aten = torch.ops.aten
-IMAGE, SCORES = "image", "scores"
 PRODUCTS = {"matmul", "bmm", "scaled_dot_product_attention"}
-_IDENTITIES = {"alias", "detach", "clone", "contiguous", "lift_fresh_copy", "dropout", "feature_dropout", "alpha_dropout"}
+_IDENTITIES = {
+    "alias",
+    "detach",
+    "clone",
+    "contiguous",
+    "lift_fresh_copy",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+}
 
 
 @dataclass
@@ -36,8 +42,8 @@ class StepProgram:
 
     Attributes:
         level: s; the step leads from subnet s - 1 to subnet s.
-        module: `module(*[caches[name] for name in inputs])` returns one tensor per entry of `outputs`. Step 1 takes
-            the cache "image"; every step returns "scores", the class scores of subnet s.
+        module: `module(*[caches[name] for name in inputs])` returns one tensor per entry of `outputs`. Step 1
+            takes the cache "image"; every step returns "scores", the class scores of subnet s.
         inputs, outputs: names of caches.
         macs: multiply-accumulates that the program executes per sample.
         released: caches that no later step reads.
@@ -55,8 +61,8 @@ def emit_steps(plan: Plan, in_place: bool = True) -> tuple[list[StepProgram], di
     """All step programs, and the node behind every cache.
 
     Args:
-        in_place: keep prefixes in buffers of full width that every step extends in place; otherwise every step makes
-            new ones (programs without side effects, for export).
+        in_place: keep prefixes in buffers of full width that every step extends in place; otherwise every
+            step makes new ones (programs without side effects, for export).
     """
     programs: list[StepProgram] = []
     wanted: dict[str, int] = {}  # cache name -> last level that reads it
@@ -71,28 +77,19 @@ def emit_steps(plan: Plan, in_place: bool = True) -> tuple[list[StepProgram], di
         for name in program.inputs:
             wanted.setdefault(name, level)
         released = [name for name in program.inputs if wanted[name] == level]
-        programs.append(
-            replace(program, released=tuple(name for name in released if name != SCORES))
-        )
+        programs.append(replace(program, released=tuple(name for name in released if name != SCORES)))
     return programs[::-1], sources
 
 
-class _Step(Operands):
-    def __init__(self, plan: Plan, level: int, wanted: dict[str, int], in_place: bool) -> None:
-        self.plan, self.level, self.wanted, self.in_place = plan, level, wanted, in_place
-        self.graph, self.root = fx.Graph(), nn.Module()
-        self.values: dict[fx.Node, fx.Node] = {}
-        self.prefixes: dict[fx.Node, fx.Node] = {}
-        self.caches: dict[str, fx.Node] = {}  # placeholders
-        self.made: dict[str, fx.Node] = {}  # new contents of caches
-        self.written: set[fx.Node] = set()  # in-place writes that later steps rely on
-        self.sources: dict[str, fx.Node] = {}
-        self.batches: dict[int, fx.Node] = {}
-        self.tensors: dict[tuple, fx.Node] = {}
-
+class _Step(StepGraph):
     def run(self) -> StepProgram:
         for node in self.plan.program.graph.nodes:
-            if node.op == "call_function" and not is_static(node) and "batch" not in node.meta and self.plan.is_new(node, self.level):
+            if (
+                node.op == "call_function"
+                and not is_static(node)
+                and "batch" not in node.meta
+                and self.plan.is_new(node, self.level)
+            ):
                 self.values[node] = self._operator(node)
                 self._count_macs(node)
         self._keep_wanted()
@@ -108,7 +105,9 @@ class _Step(Operands):
                 self.graph.erase_node(node)
                 del self.caches[name]
         macs = sum(node.meta.get("macs", 0) for node in self.graph.nodes)
-        return StepProgram(self.level, fx.GraphModule(self.root, self.graph), tuple(self.caches), tuple(outputs), macs)
+        return StepProgram(
+            self.level, fx.GraphModule(self.root, self.graph), tuple(self.caches), tuple(outputs), macs
+        )
 
     def _keep_wanted(self) -> None:
         """Bring every cache that later steps read up to this level."""
@@ -116,11 +115,9 @@ class _Step(Operands):
             if node.name in self.wanted and not is_static(node) and self._is_available(node):
                 self.prefix(node)
 
-    def _is_available(self, node: fx.Node) -> bool:
-        return node in self.values or (node is self.plan.program.image and self.level == 1)
-
     def _count_macs(self, node: fx.Node) -> None:
-        """Note the MACs of this level on the node that executes them; what turns out dead is dropped with its node."""
+        """Note the MACs of this level on the node that executes them; what turns out dead is dropped with its
+        node."""
         name, source = op_name(node), node.args[0] if node.args else None
         if not (name == "linear" or name.startswith("conv") or name in PRODUCTS):
             return
@@ -137,149 +134,6 @@ class _Step(Operands):
             macs = macs * len(self.positions(node)) // len(node.meta["units"])
         self.values[node].meta["macs"] = macs
 
-    # -- graph
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self.graph.call_function(target, args, kwargs)
-
-    def unpack(self, several: fx.Node, count: int) -> list[fx.Node]:
-        return [self.call(operator.getitem, several, k) for k in range(count)]
-
-    def cache(self, name: str, source: fx.Node) -> fx.Node:
-        """What lower levels left under a name."""
-        if name not in self.caches:
-            last = next(reversed(self.caches.values()), None)
-            with self.graph.inserting_after(last) if last else self.graph.inserting_before(None):
-                self.caches[name] = self.graph.placeholder(f"cache_{name}".replace(".", "_"))
-            self.sources[name] = source
-        return self.caches[name]
-
-    def keep(self, name: str, value: fx.Node, source: fx.Node) -> None:
-        """Offer a new content of a cache; it is returned if a later step reads it."""
-        self.made[name], self.sources[name] = value, source
-
-    def tensor(self, value: Tensor, key: tuple) -> fx.Node:
-        """A constant of the program."""
-        if key not in self.tensors:
-            name = f"t{len(self.tensors)}"
-            layout = torch.channels_last if self.plan.channels_last and value.dim() == 4 else torch.contiguous_format
-            self.root.register_buffer(name, value.detach().clone(memory_format=layout))
-            self.tensors[key] = self.graph.get_attr(name)
-        return self.tensors[key]
-
-    # -- what Operands asks for
-
-    def value(self, node: fx.Node) -> fx.Node:
-        if node in self.values:
-            return self.values[node]
-        if node is self.plan.program.image and self.level == 1:
-            image = self.cache(IMAGE, node)
-            self.values[node] = self.call(kernels.channels_last, image) if self.plan.channels_last else image
-            return self.values[node]
-        assert node.meta.get("units") is None and self.level > 1, f"{node} has nothing at level {self.level}"
-        return self.prefix(node)
-
-    def positions(self, node: fx.Node) -> Tensor:
-        return self.plan.positions(node, self.level)
-
-    def reach(self, node: fx.Node) -> tuple[fx.Node, Tensor]:
-        return self.prefix(node), self.reach_positions(node)
-
-    def reach_positions(self, node: fx.Node) -> Tensor:
-        return self.plan.prefix_positions(node, self.level)
-
-    def gather(self, node: fx.Node, axis: int, want: Tensor) -> fx.Node:
-        if node.meta.get("units") is None:
-            return self._select(self.value(node), axis, torch.arange(node.meta["shape"][axis]), want)
-        have = self.positions(node)
-        if bool(torch.isin(want, have).all()):
-            return self._select(self.value(node), axis, have, want)
-        return self._select(self.prefix(node), axis, self.plan.prefix_positions(node, self.level), want)
-
-    def _select(self, value: fx.Node, axis: int, have: Tensor, want: Tensor) -> fx.Node:
-        place = torch.full((int(have.max()) + 1,), -1)
-        place[have] = torch.arange(len(have))
-        index = place[want]
-        if torch.equal(index, torch.arange(len(have))):
-            return value
-        first = int(index[0])
-        if torch.equal(index, torch.arange(first, first + len(index))):
-            return self.call(aten.slice.Tensor, value, axis, first, first + len(index))
-        return self.call(aten.index_select.default, value, axis, self._index(index))
-
-    def _index(self, index: Tensor) -> fx.Node:
-        device = self.plan.device
-        return self.tensor(index.to(device), ("index", tuple(index.tolist())))
-
-    def static(self, node: fx.Node | None, *wanted: tuple[int, Tensor] | None) -> fx.Node | None:
-        if node is None:
-            return None
-        picks = [pair for pair in wanted if pair is not None]
-        key = (node, *((axis, tuple(index.tolist())) for axis, index in picks))
-        if key in self.tensors:
-            return self.tensors[key]
-        value = self.plan.static(node)
-        for axis, index in picks:
-            if not torch.equal(index, torch.arange(value.shape[axis])):
-                value = value.index_select(axis, index.to(value.device))
-        return self.tensor(value, key)
-
-    def batch(self, factor: int) -> fx.Node:
-        if factor not in self.batches:
-            if 1 not in self.batches:
-                anchor = self.cache(IMAGE, self.plan.program.image) if self.level == 1 else self._previous_scores()
-                with self.graph.inserting_after(anchor):
-                    self.batches[1] = self.graph.call_function(aten.sym_size.int, (anchor, 0))
-            if factor != 1:
-                with self.graph.inserting_after(self.batches[1]):
-                    self.batches[factor] = self.graph.call_function(operator.mul, (self.batches[1], factor))
-        return self.batches[factor]
-
-    def _previous_scores(self) -> fx.Node:
-        return self.cache(SCORES, self.plan.program.output)
-
-    # -- prefixes
-
-    def prefix(self, node: fx.Node) -> fx.Node:
-        """The tensor of a node up to this level, ordered by level along its unit axis."""
-        if node not in self.prefixes:
-            self.prefixes[node] = self._prefix(node)
-        return self.prefixes[node]
-
-    def _prefix(self, node: fx.Node) -> fx.Node:
-        name = node.name
-        wanted_later = name in self.wanted
-        is_new = self._is_available(node)
-        if node.meta.get("units") is None or node.meta.get("per_level"):
-            value = self.value(node) if is_new else self.cache(name, node)
-            if is_new:
-                self.keep(name, value, node)
-            return value
-        axis = node.meta["axis"]
-        before = self.plan.prefix_positions(node, self.level - 1) if self.level > 1 else []
-        if self.level == 1:
-            value = self.values[node]
-            if wanted_later:
-                width = len(self.plan.prefix_positions(node, self.wanted[name]))
-                grows = self.in_place and width > len(self.positions(node))
-                self.keep(name, self.call(kernels.begin_prefix, value, axis, width) if grows else value, node)
-            return value
-        cached = self.cache(name, node)
-        grows_later = len(self.plan.prefix_positions(node, self.last_reader(name))) > len(before)
-        if not is_new:
-            return self.call(aten.slice.Tensor, cached, axis, 0, len(before)) if self.in_place and grows_later else cached
-        if not self.in_place:
-            value = self.call(aten.cat.default, [cached, self.values[node]], axis)
-            self.keep(name, value, node)
-            return value
-        value = self.call(kernels.extend_prefix, cached, self.values[node], axis, len(before))
-        if wanted_later:
-            self.written.add(value)
-        return value
-
-    def last_reader(self, name: str) -> int:
-        return max(self.level, self.wanted.get(name, 0))
-
     # -- operators
 
     def _operator(self, node: fx.Node) -> fx.Node:
@@ -294,7 +148,11 @@ class _Step(Operands):
             return self._taps(node)
         if op_name(node) in _IDENTITIES:
             return self.value(source)  # type: ignore[arg-type]
-        if node.meta.get("units") is not None and self.level > 1 and op_name(node) in ("pad", "constant_pad_nd"):
+        if (
+            node.meta.get("units") is not None
+            and self.level > 1
+            and op_name(node) in ("pad", "constant_pad_nd")
+        ):
             return self._pad_beside_units(node)
         return self._general(node)
 
@@ -346,7 +204,7 @@ class _Step(Operands):
         amounts[place : place + 2] = [0, 0][: len(amounts[place : place + 2])]
         if not any(amounts):
             return self.value(source)
-        return self.graph.call_function(node.target, (self.value(source), amounts, *node.args[2:]), dict(node.kwargs))  # type: ignore[arg-type]
+        return self.call(node.target, self.value(source), amounts, *node.args[2:], **node.kwargs)
 
     def _head(self, node: fx.Node) -> fx.Node:
         """Class scores accumulate: those of lower levels, and what the channels of this level add."""
@@ -418,7 +276,12 @@ class _Step(Operands):
         name, is_norm = f"{node.name}.total", op_name(node) == "linalg_vector_norm"
         if self.plan.is_new(source, self.level):
             value = self.value(source)
-            total = self.call(aten.sum.dim_IntList, self.call(aten.square.default, value) if is_norm else value, axes, keepdim)
+            total = self.call(
+                aten.sum.dim_IntList,
+                self.call(aten.square.default, value) if is_norm else value,
+                axes,
+                keepdim,
+            )
             if self.level > 1:
                 total = self.call(aten.add.Tensor, self.cache(name, node), total)
             self.keep(name, total, node)
@@ -457,13 +320,20 @@ class _Step(Operands):
         return self.call(aten.div.Scalar, both[1], count)
 
     def _taps(self, node: fx.Node) -> fx.Node:
-        """One-channel convolution along the channels (ECA): neighbours of this or a lower level, zero for others."""
-        weight, own = node.args[1], self.positions(node)
-        width = weight.meta["shape"][-1]  # type: ignore[union-attr]
+        """One-channel convolution along the channels (ECA): neighbours of this or a lower level, zero for
+        others."""
+        weight: fx.Node = node.args[1]  # type: ignore[assignment]
+        width, own = weight.meta["shape"][-1], self.positions(node)
         value, reach = self.reach(node.args[0])  # type: ignore[arg-type]
         places = node.meta.get("positions", torch.arange(len(node.meta["units"])))
         have = {int(places[old]): k for k, old in enumerate(reach.tolist())}
         wanted = places[own][:, None] + torch.arange(width) - (width - 1) // 2
         index = torch.tensor([have.get(p, len(reach)) for p in wanted.flatten().tolist()])
-        spaced = self.call(aten.index_select.default, self.call(aten.constant_pad_nd.default, value, [0, 1]), 2, self._index(index))
-        return self.call(aten.conv1d.default, spaced, self.static(weight), self.static(call_arg(node, "bias")), [width])  # type: ignore[arg-type]
+        spaced = self.call(
+            aten.index_select.default,
+            self.call(aten.constant_pad_nd.default, value, [0, 1]),
+            2,
+            self._index(index),
+        )
+        bias = self.static(call_arg(node, "bias"))
+        return self.call(aten.conv1d.default, spaced, self.static(weight), bias, [width])

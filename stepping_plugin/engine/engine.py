@@ -59,7 +59,8 @@ class Engine:
 
     Attributes:
         programs: step programs 1..N.
-        macs: MACs executed per sample up to subnets 1..N. They equal the net's MACs, less those of units that no
+        macs: MACs executed per sample up to subnets 1..N. They equal the net's MACs, less those of units that
+            no
             class score of any subnet depends on: such units are not computed.
         image_size: (C, H, W).
         dtype, device: of images and scores.
@@ -105,7 +106,8 @@ class Engine:
             yield session.step()
 
     def run_step(self, level: int, caches: dict[str, Tensor]) -> Tensor:
-        """Run step program `level` on a session's caches, bring them up to date and return the class scores."""
+        """Run step program `level` on a session's caches, bring them up to date and return the class
+        scores."""
         program = self.programs[level - 1]
         began = time.perf_counter()
         with torch.inference_mode():
@@ -113,7 +115,9 @@ class Engine:
         caches.update(zip(program.outputs, results, strict=True))
         for name in program.released:
             del caches[name]
-        scores = caches[SCORES].clone()  # an ordinary tensor: what is made in inference mode cannot be changed outside
+        scores = caches[
+            SCORES
+        ].clone()  # an ordinary tensor: what is made in inference mode cannot be changed outside
         self._wait()
         self.clock.record(level, len(scores), time.perf_counter() - began)
         return scores
@@ -130,8 +134,8 @@ class Engine:
         Args:
             x: images (B, C, H, W).
             until: see `exit.as_rule`; without it all samples step to the last subnet.
-            deadline: seconds from now. Subnet 1 always runs; a further step only if the step times measured so far
-                say that it ends in time.
+            deadline: seconds from now. Subnet 1 always runs; a further step only if the step times measured
+                so far say that it ends in time.
         """
         began = time.perf_counter()
         rule, limit = as_rule(until), _checked_deadline(deadline)
@@ -171,35 +175,46 @@ class Engine:
     def _check(self, x: Any) -> None:
         shape = f"(B, {', '.join(map(str, self.image_size))})"
         if not isinstance(x, Tensor):
-            raise SteppingError(explain("images expected", got=type(x).__name__, expected=f"a tensor of shape {shape}"))
+            raise SteppingError(
+                explain("images expected", got=type(x).__name__, expected=f"a tensor of shape {shape}")
+            )
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_size or not len(x):
             raise SteppingError(
                 explain(
-                    "wrong image shape", got=str(tuple(x.shape)), expected=shape,
-                    action="Resize the images, or convert the model again with example_inputs of the new size.",
-                )  # fmt: skip
+                    "wrong image shape",
+                    got=str(tuple(x.shape)),
+                    expected=shape,
+                    action="Resize the images, or convert the model again with example_inputs of that size.",
+                )
             )
         if x.dtype != self.dtype or x.device.type != self.device.type:
             raise SteppingError(
                 explain(
-                    "wrong type of images", got=f"{x.dtype} on {x.device}", expected=f"{self.dtype} on {self.device}",
+                    "wrong type of images",
+                    got=f"{x.dtype} on {x.device}",
+                    expected=f"{self.dtype} on {self.device}",
                     action="Convert the images, or the net before deploy().",
-                )  # fmt: skip
+                )
             )
         if reason := self.changed():
-            raise SteppingError(explain(f"the net was changed after deploy(): {reason}", action="Call net.deploy() again."))
+            raise SteppingError(
+                explain(f"the net was changed after deploy(): {reason}", action="Call net.deploy() again.")
+            )
 
 
 def _checked_deadline(deadline: float | None) -> float:
     if deadline is None:
         return math.inf
     if isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or math.isnan(deadline):
-        raise SteppingError(explain("not a time", where="deadline", got=deadline, expected="seconds from now, or None"))
+        raise SteppingError(
+            explain("not a time", where="deadline", got=deadline, expected="seconds from now, or None")
+        )
     return float(deadline)
 
 
 def bind(module: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """A step program as a bare function: attribute look-ups on a plain object cost much less than on a module."""
+    """A step program as a bare function: attribute look-ups on a plain object cost much less than on a
+    module."""
     if not isinstance(module, fx.GraphModule):
         return module
     holder = SimpleNamespace(**dict(module.named_buffers()))
@@ -210,13 +225,16 @@ def bind(module: Any) -> Callable[..., tuple[Tensor, ...]]:
 # ------------------------------------------------------------------------------------------------- compiling
 
 
-def compile_engine(net: SteppingNet, *, compile: bool | Mapping[str, Any] = False, in_place: bool = True) -> Engine:
+def compile_engine(
+    net: SteppingNet, *, compile: bool | Mapping[str, Any] = False, in_place: bool = True
+) -> Engine:
     """Compile the step programs of a net.
 
     Args:
         net: its parameters are copied, sliced by level.
         compile: run the step programs through `torch.compile`; a mapping holds its options.
-        in_place: let every step extend the caches of its session in place; programs without side effects otherwise.
+        in_place: let every step extend the caches of its session in place; programs without side effects
+            otherwise.
     """
     with torch.no_grad():
         plan = Plan(net.analysis.eval_program, net.levels, net.num_subnets, _lookup(net))

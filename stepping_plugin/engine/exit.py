@@ -1,7 +1,7 @@
 """Rules that say when a sample's answer is good enough to stop stepping.
 
-A rule takes class scores (B, classes) and returns a BoolTensor (B,), True = stop. Scores that are not numbers never
-satisfy a shipped rule, so such a sample steps to the last subnet without disturbing the others.
+A rule takes class scores (B, classes) and returns a BoolTensor (B,), True = stop. Scores that are not numbers
+never satisfy a shipped rule, so such a sample steps to the last subnet without disturbing the others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ExitRule = Callable[[Tensor], Tensor]
 def max_probability(threshold: float) -> ExitRule:
     """Stop when the largest softmax probability is at least `threshold`, in [0, 1]."""
     threshold = _checked("max_prob", threshold, 0.0, 1.0)
-    return lambda scores: scores.float().softmax(-1).amax(-1) >= threshold
+    return lambda scores: _wide(scores).softmax(-1).amax(-1) >= threshold
 
 
 def margin(threshold: float) -> ExitRule:
@@ -31,7 +31,7 @@ def margin(threshold: float) -> ExitRule:
     threshold = _checked("margin", threshold, 0.0, 1.0)
 
     def rule(scores: Tensor) -> Tensor:
-        best = scores.float().softmax(-1).topk(min(2, scores.shape[-1]), -1).values
+        best = _wide(scores).softmax(-1).topk(min(2, scores.shape[-1]), -1).values
         return best[..., 0] - (best[..., 1] if best.shape[-1] > 1 else 0) >= threshold
 
     return rule
@@ -42,20 +42,25 @@ def entropy(threshold: float) -> ExitRule:
     threshold = _checked("entropy", threshold, 0.0, math.inf)
 
     def rule(scores: Tensor) -> Tensor:
-        logs = scores.float().log_softmax(-1)
+        logs = _wide(scores).log_softmax(-1)
         return -(logs.exp() * logs).nan_to_num(nan=math.nan, posinf=0.0, neginf=0.0).sum(-1) <= threshold
 
     return rule
 
 
-_RULES: dict[str, Callable[[float], ExitRule]] = {"max_prob": max_probability, "margin": margin, "entropy": entropy}
+_RULES: dict[str, Callable[[float], ExitRule]] = {
+    "max_prob": max_probability,
+    "margin": margin,
+    "entropy": entropy,
+}
 
 
 def as_rule(until: Any) -> ExitRule | None:
     """A rule from what `predict(until=...)` accepts.
 
     Args:
-        until: None, a rule, or `{"max_prob": t}`, `{"margin": t}`, `{"entropy": t}`; of several entries any may stop.
+        until: None, a rule, or `{"max_prob": t}`, `{"margin": t}`, `{"entropy": t}`; of several entries any
+            may stop.
 
     Raises:
         SteppingError: something else.
@@ -67,7 +72,9 @@ def as_rule(until: Any) -> ExitRule | None:
         raise SteppingError(explain("not a rule to stop by", where="until", got=until, expected=expected))
     for name in until:
         if name not in _RULES:
-            raise SteppingError(explain(f"unknown rule {name!r}", where="until", action=nearest(name, _RULES)))
+            raise SteppingError(
+                explain(f"unknown rule {name!r}", where="until", action=nearest(name, _RULES))
+            )
     rules = [_RULES[name](threshold) for name, threshold in until.items()]
     return lambda scores: torch.stack([rule(scores) for rule in rules]).any(0)
 
@@ -76,16 +83,33 @@ def stop_now(rule: ExitRule, scores: Tensor) -> Tensor:
     """Apply a rule and check what it returns: BoolTensor (B,)."""
     result = rule(scores)
     if not isinstance(result, Tensor) or result.dtype != torch.bool or result.shape != scores.shape[:1]:
-        got = f"{result.dtype} of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        got = (
+            f"{result.dtype} of shape {tuple(result.shape)}"
+            if isinstance(result, Tensor)
+            else type(result).__name__
+        )
         raise SteppingError(
-            explain("the rule returned no decision per sample", where="until", got=got, expected=f"torch.bool of shape ({len(scores)},)")
+            explain(
+                "the rule returned no decision per sample",
+                where="until",
+                got=got,
+                expected=f"torch.bool of shape ({len(scores)},)",
+            )
         )
     return result
 
 
+def _wide(scores: Tensor) -> Tensor:
+    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+
+
 def _checked(name: str, threshold: Any, low: float, high: float) -> float:
-    valid = isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and low <= threshold <= high
+    valid = (
+        isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and low <= threshold <= high
+    )
     if not valid:
-        expected = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number of at least {low:g}"
+        expected = (
+            f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number of at least {low:g}"
+        )
         raise SteppingError(explain("threshold out of range", where=name, got=threshold, expected=expected))
     return float(threshold)

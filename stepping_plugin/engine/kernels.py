@@ -1,7 +1,8 @@
 """The few functions, besides ATen operators, that step programs call. Plain tensors in and out.
 
-A *prefix* is what a tensor holds up to the current level, ordered by level along its unit axis. A prefix buffer has
-the width of all levels that will ever be read; every step writes its own part in place and reads a narrow view.
+A *prefix* is what a tensor holds up to the current level, ordered by level along its unit axis. A prefix
+buffer has the width of all levels that will ever be read; every step writes its own part in place and reads a
+narrow view.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "KERNELS", "begin_prefix", "channels_last", "extend_prefix", "first_norm", "linear", "merge_moments", "moments", "next_norm",
-    "pointwise",
+    "KERNELS", "begin_prefix", "channels_last", "extend_prefix", "first_norm", "linear", "merge_moments",
+    "moments", "next_norm", "pointwise",
 ]  # fmt: skip
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) laid out as (B, H, W, C): convolutions run faster, pointwise ones are matrix products."""
+    """Images (B, C, H, W) laid out as (B, H, W, C): convolutions run faster, pointwise ones are matrix
+    products."""
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -28,7 +30,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolution with a 1x1 kernel. Reads a range of channels without copying it if the layout is channels last.
+    """Convolution with a 1x1 kernel. Reads a range of channels without copying it if the layout is channels
+    last.
 
     Args:
         x: (B, C, H, W).
@@ -43,7 +46,9 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Linear layer on the last axis, as one matrix product even where x is a range of a wider tensor."""
-    return torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(
+        *x.shape[:-1], weight.shape[0]
+    )
 
 
 def begin_prefix(first: Tensor, axis: int, width: int) -> Tensor:
@@ -57,7 +62,8 @@ def begin_prefix(first: Tensor, axis: int, width: int) -> Tensor:
 
 
 def extend_prefix(buffer: Tensor, part: Tensor, axis: int, start: int) -> Tensor:
-    """Write the positions of one level behind those of lower levels; returns the view of all that is there now."""
+    """Write the positions of one level behind those of lower levels; returns the view of all that is there
+    now."""
     count = part.shape[axis]
     buffer.narrow(axis, start, count).copy_(part)
     return buffer.narrow(axis, 0, start + count)
@@ -90,7 +96,8 @@ def merge_moments(
 def first_norm(
     x: Tensor, axes: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prefix norm at level 1: normalised slice, mean and sum of squared deviations (of squares for an RMS norm).
+    """Prefix norm at level 1: normalised slice, mean and sum of squared deviations (of squares for an RMS
+    norm).
 
     Args:
         x: channels of level 1, any shape.
@@ -139,7 +146,14 @@ def _normalise(
 
 
 def _apply(
-    x: Tensor, mean: Tensor, squares: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+    x: Tensor,
+    mean: Tensor,
+    squares: Tensor,
+    count: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
 ) -> Tensor:
     scale = torch.rsqrt(torch.add(squares / count, eps))
     wide = _wide(x)
@@ -160,5 +174,15 @@ def _wide(x: Tensor) -> Tensor:
 
 KERNELS = {
     f.__name__: f
-    for f in (begin_prefix, channels_last, extend_prefix, first_norm, linear, merge_moments, moments, next_norm, pointwise)
+    for f in (
+        begin_prefix,
+        channels_last,
+        extend_prefix,
+        first_norm,
+        linear,
+        merge_moments,
+        moments,
+        next_norm,
+        pointwise,
+    )
 }

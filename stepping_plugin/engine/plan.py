@@ -35,7 +35,9 @@ class Plan:
     ) -> None:
         self.channels_last = channels_last
         self.program = fold_batch_norms(program)
-        self.device = next((lookup(n.meta["tensor"]).device for n in program.tensor_nodes()), torch.device("cpu"))
+        self.device = next(
+            (lookup(n.meta["tensor"]).device for n in program.tensor_nodes()), torch.device("cpu")
+        )
         self.levels, self.num_subnets, self.lookup = levels, num_subnets, lookup
         self._statics: dict[fx.Node, Tensor] = {}
         self._positions: dict[tuple[fx.Node, int], Tensor] = {}
@@ -45,11 +47,16 @@ class Plan:
         return static_value(node, self.lookup, self._statics)
 
     def positions(self, node: fx.Node, level: int) -> Tensor:
-        """Positions along the unit axis of a node whose unit has that level; level 1 has those of no unit, too."""
+        """Positions along the unit axis of a node whose unit has that level; level 1 has those of no unit,
+        too."""
         key = node, level
         if key not in self._positions:
             units = node.meta["units"]
-            own = torch.where(units >= 0, self.levels[units.clamp(min=0)], 1) if len(self.levels) else torch.ones_like(units)
+            own = (
+                torch.where(units >= 0, self.levels[units.clamp(min=0)], 1)
+                if len(self.levels)
+                else torch.ones_like(units)
+            )
             self._positions[key] = torch.nonzero(own == level).flatten()
         return self._positions[key]
 
@@ -85,9 +92,11 @@ def spread(node: fx.Node, axes: list[int]) -> int:
 
 def is_pointwise(node: fx.Node) -> bool:
     """Whether a node is a convolution of images that mixes channels only."""
-    if op_name(node) != "conv2d" or call_arg(node, "groups", 1) != 1 or tuple(node.args[1].meta["shape"][2:]) != (1, 1):  # type: ignore[union-attr]
+    if op_name(node) != "conv2d" or call_arg(node, "groups", 1) != 1:
         return False
-    return all(v == 1 for v in _pair(call_arg(node, "stride", 1))) and not any(_pair(call_arg(node, "padding", 0)))
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    stride, padding = _pair(call_arg(node, "stride", 1)), _pair(call_arg(node, "padding", 0))
+    return tuple(weight.meta["shape"][2:]) == (1, 1) and all(s == 1 for s in stride) and not any(padding)
 
 
 def _pair(value: Any) -> list[int]:
@@ -98,14 +107,17 @@ def _pair(value: Any) -> list[int]:
 
 
 def fold_batch_norms(program: Program) -> Program:
-    """A copy of an eval program in which batch norms behind convolutions and linears are part of their weights."""
+    """A copy of an eval program in which batch norms behind convolutions and linears are part of their
+    weights."""
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(program.graph, mapped)
     graph.output(output)
     for old, new in mapped.items():
         new.meta = dict(old.meta)
-    folded = Program(graph, mapped[program.image], program.training, dict(program.constants), list(program.mutations))
+    folded = Program(
+        graph, mapped[program.image], program.training, dict(program.constants), list(program.mutations)
+    )
     for node in list(graph.nodes):
         if node.op == "call_function" and op_name(node) == "batch_norm" and not is_static(node):
             _fold(graph, node)
@@ -126,7 +138,9 @@ def _fold(graph: fx.Graph, norm: fx.Node) -> None:
     transposed = "transpose" in op_name(source)
     groups = 1 if channels_last else call_arg(source, "groups", 1)
     with graph.inserting_before(source):
-        new_weight = graph.call_function(folded_weight, (weight, scale, variance, eps, groups if transposed else 0))
+        new_weight = graph.call_function(
+            folded_weight, (weight, scale, variance, eps, groups if transposed else 0)
+        )
         new_bias = graph.call_function(folded_bias, (bias, scale, shift, mean, variance, eps))
     new_weight.meta = {**weight.meta, "static": True}  # type: ignore[union-attr]
     new_bias.meta = {"shape": (norm.meta["shape"][1],), "dtype": weight.meta["dtype"], "static": True}  # type: ignore[union-attr]
@@ -142,11 +156,14 @@ def _norm_scale(scale: Tensor | None, variance: Tensor, eps: float) -> Tensor:
     return factor if scale is None else factor * scale.double()
 
 
-def folded_weight(weight: Tensor, scale: Tensor | None, variance: Tensor, eps: float, transposed_groups: int) -> Tensor:
+def folded_weight(
+    weight: Tensor, scale: Tensor | None, variance: Tensor, eps: float, transposed_groups: int
+) -> Tensor:
     """Weight times gamma / sqrt(variance + eps) of its output channel, computed in float64.
 
     Args:
-        transposed_groups: 0 if output channels come first; else the groups of a transposed convolution (I, O / groups, ...).
+        transposed_groups: 0 if output channels come first; else the groups of a transposed convolution (I, O
+            / groups, ...).
     """
     factor = _norm_scale(scale, variance, eps)
     if not transposed_groups:
@@ -158,7 +175,12 @@ def folded_weight(weight: Tensor, scale: Tensor | None, variance: Tensor, eps: f
 
 
 def folded_bias(
-    bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
 ) -> Tensor:
     """beta + (bias - mean) * gamma / sqrt(variance + eps), computed in float64."""
     factor = _norm_scale(scale, variance, eps)

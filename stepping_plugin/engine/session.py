@@ -51,7 +51,12 @@ class Session:
         """Class scores (B, classes) of a subnet that has run: going back down costs nothing."""
         if isinstance(subnet, bool) or not isinstance(subnet, int) or not 1 <= subnet <= self.subnet:
             raise SteppingError(
-                explain("this subnet has not run", got=subnet, expected=f"1..{self.subnet}", action="Call step() first.")
+                explain(
+                    "this subnet has not run",
+                    got=subnet,
+                    expected=f"1..{self.subnet}",
+                    action="Call step() first.",
+                )
             )
         return self._history[subnet - 1]
 
@@ -68,7 +73,11 @@ class Session:
     @property
     def cache_bytes(self) -> int:
         """Memory that the session holds for further steps."""
-        return sum({c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in self._caches.values()}.values())
+        return sum(
+            {
+                c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in self._caches.values()
+            }.values()
+        )
 
     # ------------------------------------------------------------------------------------------ acting
 
@@ -84,8 +93,8 @@ class Session:
         with self._lock:
             if self.subnet == self._engine.num_subnets:
                 raise SteppingError(
-                    f"Subnet {self.subnet} of {self._engine.num_subnets} has run; there is no larger one. Check "
-                    "session.subnet before stepping, or iterate over engine.steps(x)."
+                    f"Subnet {self.subnet} of {self._engine.num_subnets} has run; there is no larger one. "
+                    "Check session.subnet before stepping, or iterate over engine.steps(x)."
                 )
             scores = self._engine.run_step(self.subnet + 1, self._caches)
             if self.subnet + 1 == self._engine.num_subnets:
@@ -115,8 +124,14 @@ class Session:
     def _checked_mask(self, mask: Tensor) -> Tensor:
         size = self.batch_size
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (size,):
-            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise SteppingError(explain("wrong mask", where="keep", got=got, expected=f"torch.bool of shape ({size},)"))
+            got = (
+                f"{mask.dtype} of shape {tuple(mask.shape)}"
+                if isinstance(mask, Tensor)
+                else type(mask).__name__
+            )
+            raise SteppingError(
+                explain("wrong mask", where="keep", got=got, expected=f"torch.bool of shape ({size},)")
+            )
         if not bool(mask.any()):
             raise SteppingError("keep: the mask keeps no sample. Drop the session instead.")
         return mask.to(self._history[-1].device)
@@ -129,4 +144,3 @@ def _rows(cache: Tensor, axis: int | None, size: int, kept: Tensor) -> Tensor:
     each = cache.shape[axis] // size
     rows = kept if each == 1 else (kept[:, None] * each + torch.arange(each, device=kept.device)).flatten()
     return cache.index_select(axis, rows)
-

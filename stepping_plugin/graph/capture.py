@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CaptureError
-from .program import Program, batch_expression, call_arg, flat_nodes, is_static, named_tensors, op_name, static_value
+from .program import (
+    Program,
+    batch_expression,
+    call_arg,
+    flat_nodes,
+    is_static,
+    named_tensors,
+    op_name,
+    static_value,
+)
 
 __all__ = ["BATCH", "capture"]
 
@@ -127,7 +136,9 @@ class _Canonicaliser:
                 if "shape" in node.meta:
                     static_value(node, program.constants.__getitem__, memo)
         anchor = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
-        for node in [n for n in self.graph.nodes if n in fixed and n.op == "call_function" and "shape" in n.meta]:
+        for node in [
+            n for n in self.graph.nodes if n in fixed and n.op == "call_function" and "shape" in n.meta
+        ]:
             if all(user in fixed for user in node.users):
                 continue
             name = f"constant.{node.name}"
@@ -158,7 +169,9 @@ class _Canonicaliser:
         for node in sorted(nodes, key=lambda n: n.name in names):  # the image comes first
             if node.name not in names:
                 if self.program.image is not None:
-                    raise CaptureError("The model takes several inputs; one image batch (B, C, H, W) is supported.")
+                    raise CaptureError(
+                        "The model takes several inputs; one image batch (B, C, H, W) is supported."
+                    )
                 self.program.image = self.values[node] = self._new_placeholder("x", node)
                 continue
             name = names[node.name]
@@ -314,7 +327,9 @@ class _Canonicaliser:
         if isinstance(value, Tensor):
             created.meta["shape"] = tuple(s // BATCH if s and s % BATCH == 0 else int(s) for s in value.shape)
             created.meta["dtype"] = value.dtype
-            created.meta["batch_axis"] = next((d for d, s in enumerate(value.shape) if s and s % BATCH == 0), None)
+            created.meta["batch_axis"] = next(
+                (d for d, s in enumerate(value.shape) if s and s % BATCH == 0), None
+            )
         stack = origin.meta.get("nn_module_stack") or {}
         created.meta["module"] = next(reversed(stack.values()))[0].replace("L['self'].", "") if stack else ""
         created.meta["code"] = origin.meta.get("stack_trace", "")
@@ -339,4 +354,6 @@ def _mark_static(program: Program) -> None:
             inputs = list(flat_nodes((node.args, tuple(node.kwargs.values()))))
             random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             made_of_batch = any("batch" in n.meta for n in inputs)
-            node.meta["static"] = not random and not made_of_batch and all(n.meta.get("static") for n in inputs)
+            node.meta["static"] = (
+                not random and not made_of_batch and all(n.meta.get("static") for n in inputs)
+            )

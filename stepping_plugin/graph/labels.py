@@ -142,7 +142,9 @@ def labelled_axis(labels: Tensor) -> int | None:
 
 
 def propagate(
-    programs: list[Program], rules: dict[str, Rule], tie: Callable[[Labels, list[fx.Node]], None] | None = None
+    programs: list[Program],
+    rules: dict[str, Rule],
+    tie: Callable[[Labels, list[fx.Node]], None] | None = None,
 ) -> Labels:
     """Label all nodes of the programs (train and eval graph of one model share units through their weights).
 

@@ -1,11 +1,12 @@
 """Arguments of operators whose tensors hold only some positions of their unit axis.
 
 Shared by every rewrite of a labelled program that computes part of it: standalone subnets and compaction
-(`graph.slicing`: some units, some twice) and the step programs of the engine (`engine.emit`: the units of one level).
-A subclass says which positions a tensor has and where to read others; this class says what every operator needs.
+(`graph.slicing`: some units, some twice) and the step programs of the engine (`engine.emit`: the units of one
+level). A subclass says which positions a tensor has and where to read others; this class says what every
+operator needs.
 
-Data movement needs no index arithmetic: the elements of a tensor are enumerated in row-major order before and after a
-view, so a view of the positions left is what is left of the view.
+Data movement needs no index arithmetic: the elements of a tensor are enumerated in row-major order before and
+    after a view, so a view of the positions left is what is left of the view.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ __all__ = ["Operands", "find_positions", "groups_argument", "picked_positions", 
 
 VIEWS = ("reshape", "view", "expand", "flatten.using_ints", "unflatten.int")
 PICKS = ("slice.Tensor", "select.int", "index.Tensor", "index_select", "roll", "flip", "narrow")
-_BROADCASTING = set(
-    "add.Tensor sub.Tensor mul.Tensor div.Tensor div.Tensor_mode maximum minimum addcmul addcdiv where.self lerp.Tensor lerp.Scalar "
-    "pow.Tensor_Tensor prelu scaled_dot_product_attention masked_fill.Scalar atan2 fmod.Tensor".split()
-)
+_BROADCASTING = {
+    "add.Tensor", "addcdiv", "addcmul", "atan2", "div.Tensor", "div.Tensor_mode", "fmod.Tensor",
+    "lerp.Scalar", "lerp.Tensor", "masked_fill.Scalar", "maximum", "minimum", "mul.Tensor",
+    "pow.Tensor_Tensor", "prelu", "scaled_dot_product_attention", "sub.Tensor", "where.self",
+}  # fmt: skip
 
 
 class Operands(ABC):
@@ -66,7 +68,9 @@ class Operands(ABC):
         if not isinstance(node, fx.Node) or node.meta.get("units") is None:
             return False
         positions = self.positions(node)
-        return len(positions) != len(node.meta["units"]) or not torch.equal(positions, torch.arange(len(positions)))
+        return len(positions) != len(node.meta["units"]) or not torch.equal(
+            positions, torch.arange(len(positions))
+        )
 
     def any_value(self, node: fx.Node) -> fx.Node:
         """An operand as it is: computed, static or an integer."""
@@ -125,47 +129,45 @@ class Operands(ABC):
 
     def _product_operand(self, operand: fx.Node, node: fx.Node) -> fx.Node:
         """Units of a matrix product lie on a leading axis (heads) or on the axis that is not contracted."""
-        if is_static(operand) and node.meta["axis"] is not None and node.meta["axis"] >= len(node.meta["shape"]) - 2:
+        if (
+            is_static(operand)
+            and node.meta["axis"] is not None
+            and node.meta["axis"] >= len(node.meta["shape"]) - 2
+        ):
             return self.any_value(operand)
         return self.aligned(operand, node) if node.meta["units"] is not None else self.any_value(operand)
 
     # -- weights
 
     def _weighted(self, node: fx.Node) -> tuple:
-        role = node.meta["role"]
+        role, name = node.meta["role"], op_name(node)
         if role == Role.GROUPED:
             return self._grouped(node)
-        x, weight = node.args[:2]
-        bias: Any = call_arg(node, "bias")
-        rest = tuple(node.args[3:])
+        x, weight, bias, rest = _weighted_arguments(node)
         if role not in (Role.CHANNELS, Role.HEAD):
-            return (self.any_value(x), self.any_value(weight), None if bias is None else self.any_value(bias), *rest)  # type: ignore[arg-type]
-        name = op_name(node)
-        axis = len(x.meta["shape"]) - 1 if name == "linear" else 1  # type: ignore[union-attr]
+            return (self.any_value(x), self.any_value(weight), self.static(bias), *rest)
+        axis = len(x.meta["shape"]) - 1 if name == "linear" else 1
         outputs_at, inputs_at = (1, 0) if "transpose" in name else (0, 1)
         out = self.positions(node) if node.meta["units"] is not None else None
-        between = x.meta.get("units") is not None and x.meta["axis"] == axis  # type: ignore[union-attr]
-        value, into = self.reach(x) if between else (self.any_value(x), None)  # type: ignore[arg-type]
+        between = x.meta.get("units") is not None and x.meta["axis"] == axis
+        value, into = self.reach(x) if between else (self.any_value(x), None)
         columns = None if into is None else (inputs_at, into)
         rows = None if out is None else (outputs_at, out)
-        return (value, self.static(weight, rows, columns), self.static(bias, None if out is None else (0, out)), *rest)  # type: ignore[arg-type]
+        return (value, self.static(weight, rows, columns), self.static(bias, rows and (0, rows[1])), *rest)
 
     def _grouped(self, node: fx.Node) -> tuple:
         """Grouped convolution: a unit is made of whole groups, of all their inputs and outputs."""
-        x, weight = node.args[:2]
-        bias: Any = call_arg(node, "bias")
-        rest = list(node.args[3:])
+        x, weight, bias, rest = _weighted_arguments(node)
         if not self.changed(node):
-            return (self.any_value(x), self.any_value(weight), None if bias is None else self.any_value(bias), *rest)  # type: ignore[arg-type]
+            return (self.any_value(x), self.any_value(weight), self.static(bias), *rest)
         kept, outputs = self.positions(node), len(node.meta["units"])
         place = groups_argument(node)
         groups = rest[place]
-        per_group, inputs = outputs // groups, x.meta["shape"][1] // groups  # type: ignore[union-attr]
+        per_group, inputs = outputs // groups, x.meta["shape"][1] // groups
         rest[place] = groups * len(kept) // outputs
-        members = kept.view(-1, per_group)[:, :1] // per_group * inputs + torch.arange(inputs)
-        value = self.at(x, 1, members.flatten()) if x.meta.get("units") is not None else self.gather(x, 1, members.flatten())  # type: ignore[arg-type,union-attr]
-        rows = members.flatten() if "transpose" in op_name(node) else kept
-        return (value, self.static(weight, (0, rows)), self.static(bias, (0, kept)), *rest)  # type: ignore[arg-type]
+        members = (kept.view(-1, per_group)[:, :1] // per_group * inputs + torch.arange(inputs)).flatten()
+        rows = members if "transpose" in op_name(node) else kept
+        return (self.at(x, 1, members), self.static(weight, (0, rows)), self.static(bias, (0, kept)), *rest)
 
     # -- norms
 
@@ -205,15 +207,21 @@ class Operands(ABC):
         axis = node.meta["axis"]
         if axis is not None and not (name == "expand" and sizes[axis] == -1):
             count, entry = len(self.positions(node)), sizes[axis]
-            sizes[axis] = self.batch(count) if isinstance(entry, fx.Node) else count  # batch and units may share an axis
-        sizes = [self.batch(s.meta["batch"]) if isinstance(s, fx.Node) and s in node.all_input_nodes else s for s in sizes]
+            sizes[axis] = (
+                self.batch(count) if isinstance(entry, fx.Node) else count
+            )  # batch and units may share an axis
+        sizes = [
+            self.batch(s.meta["batch"]) if isinstance(s, fx.Node) and s in node.all_input_nodes else s
+            for s in sizes
+        ]
         value = self.any_value(source)
         if name == "expand" and source.meta.get("units") is None and self.changed(node):
             value = self.aligned(source, node)
         return (value, sizes), {}
 
     def _picked(self, node: fx.Node) -> tuple[tuple, dict]:
-        """slice, index, roll, ... along the unit axis: the picked tensor, and arguments that pass it on unchanged."""
+        """slice, index, roll, ... along the unit axis: the picked tensor, and arguments that pass it on
+        unchanged."""
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         axis, want = source.meta["axis"], self.picked(node)
         return _pass_on(node, self.gather(source, axis, want), len(want), axis)
@@ -227,13 +235,20 @@ class Operands(ABC):
 
     def _concatenated(self, node: fx.Node, name: str) -> tuple:
         dim = call_arg(node, "dim", 0) % len(node.meta["shape"])
+        pieces: Any = node.args[0]
         if name == "cat" and dim == node.meta["axis"]:
-            return ([self.any_value(piece) for piece in node.args[0]], *node.args[1:])  # type: ignore[union-attr]
+            return ([self.any_value(piece) for piece in pieces], *node.args[1:])
         want = self.positions(node)
         axis = node.meta["axis"] - (name == "stack" and dim < node.meta["axis"])
         alone = lambda piece: piece.meta["shape"][axis] == 1 and len(node.meta["units"]) > 1  # noqa: E731
-        pieces = [self.any_value(p) if alone(p) else self.at(p, axis, want) for p in node.args[0]]  # type: ignore[union-attr,arg-type]
-        return (pieces, *node.args[1:])
+        return ([self.any_value(p) if alone(p) else self.at(p, axis, want) for p in pieces], *node.args[1:])
+
+
+def _weighted_arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, list[Any]]:
+    """Input, weight, bias and the arguments after the bias, of a linear or convolution."""
+    x: Any = node.args[0]
+    weight: Any = node.args[1]
+    return x, weight, call_arg(node, "bias"), list(node.args[3:])
 
 
 def groups_argument(node: fx.Node) -> int:

@@ -51,7 +51,11 @@ class Program:
 
     def operators(self) -> Iterator[fx.Node]:
         """Operator nodes that depend on the image."""
-        return (n for n in self.graph.nodes if n.op == "call_function" and not is_static(n) and "batch" not in n.meta)
+        return (
+            n
+            for n in self.graph.nodes
+            if n.op == "call_function" and not is_static(n) and "batch" not in n.meta
+        )
 
 
 def op_name(node: fx.Node) -> str:
@@ -104,7 +108,10 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a model by every name they have (aliases of shared tensors included)."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def static_value(

@@ -77,7 +77,15 @@ def move(labels: Labels, node: fx.Node) -> Tensor | None:
     if label is None or label.numel() == 1:
         return free(node) + (label.flatten()[0] if label is not None else FREE)
     name = op_name(node)
-    if name in ("reshape", "view", "squeeze", "squeeze.dim", "squeeze.dims", "flatten.using_ints", "unflatten.int"):
+    if name in (
+        "reshape",
+        "view",
+        "squeeze",
+        "squeeze.dim",
+        "squeeze.dims",
+        "flatten.using_ints",
+        "unflatten.int",
+    ):
         return compress(label.expand(shape_of(source)).reshape(shape_of(node)))
     if name in ("permute", "transpose.int", "t", "unsqueeze"):
         return node.target(label, *node.args[1:])  # type: ignore[operator]
@@ -131,7 +139,10 @@ def concatenate(labels: Labels, node: fx.Node) -> Tensor | None:
     if elsewhere and not any(part.shape[dim] > 1 for part in parts) and not stacked:
         return labels.join(parts, rank)  # pieces along the token axis: all carry the channels' labels
     widths = [max(part.shape[d] for part in parts) for d in range(rank)]
-    spread = [p.expand([s if d == dim else widths[d] for d in range(rank)]) for p, s in zip(parts, sizes, strict=True)]
+    spread = [
+        p.expand([s if d == dim else widths[d] for d in range(rank)])
+        for p, s in zip(parts, sizes, strict=True)
+    ]
     return compress(torch.cat(spread, dim))
 
 
@@ -274,7 +285,15 @@ def im2col(labels: Labels, node: fx.Node) -> Tensor | None:
 
 # ------------------------------------------------------------------------------------------------- weights
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv2d.padding", "conv1d.padding", "conv_transpose2d.input", "conv_transpose1d")
+CONVOLUTIONS = (
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv2d.padding",
+    "conv1d.padding",
+    "conv_transpose2d.input",
+    "conv_transpose1d",
+)
 
 
 def weight_key(weight: fx.Node) -> str:
@@ -330,7 +349,9 @@ def _head(labels: Labels, node: fx.Node, label: Tensor, axis: int, groups: int) 
 def _channels(labels: Labels, node: fx.Node, label: Tensor, axis: int) -> Tensor:
     weight: fx.Node = node.args[1]  # type: ignore[assignment]
     entry = labels.weight(weight_key(weight), shape_of(node)[axis])
-    inputs = label.expand([shape_of(node.args[0])[d] if d == axis else 1 for d in range(label.dim())]).flatten()  # type: ignore[arg-type]
+    inputs = label.expand(
+        [shape_of(node.args[0])[d] if d == axis else 1 for d in range(label.dim())]
+    ).flatten()  # type: ignore[arg-type]
     if entry.inputs is None:
         entry.inputs = inputs
     else:  # call sites of one weight share their units
@@ -348,7 +369,11 @@ def _convolution_beside_units(labels: Labels, node: fx.Node, label: Tensor) -> T
     if all(weight_shape[d] == 1 for d in along) and shape_of(node)[2:] == shape_of(node.args[0])[2:]:  # type: ignore[arg-type]
         labels.role[node] = Role.CARRIED
         return label
-    if op_name(node) == "conv1d" and tuple(weight_shape[:2]) == (1, 1) and shape_of(node) == shape_of(node.args[0]):  # type: ignore[arg-type]
+    if (
+        op_name(node) == "conv1d"
+        and tuple(weight_shape[:2]) == (1, 1)
+        and shape_of(node) == shape_of(node.args[0])
+    ):  # type: ignore[arg-type]
         labels.role[node] = Role.TAPS
         return label
     return None
@@ -357,7 +382,9 @@ def _convolution_beside_units(labels: Labels, node: fx.Node, label: Tensor) -> T
 def _join_groups(labels: Labels, label: Tensor, groups: int, inputs: int, outputs: int) -> Tensor:
     """Labels (1, inputs, ...) joined inside each of `groups` channel groups, as labels of `outputs` channels."""
     rest = list(label.shape[2:])
-    grouped = label.expand(label.shape[0], inputs, *rest).reshape(label.shape[0], groups, inputs // groups, *rest)
+    grouped = label.expand(label.shape[0], inputs, *rest).reshape(
+        label.shape[0], groups, inputs // groups, *rest
+    )
     joined = labels.sets.find(labels.merge(grouped, [2]))
     spread = joined.expand(-1, groups, outputs // groups, *rest)
     return spread.reshape(label.shape[0], outputs, *rest)

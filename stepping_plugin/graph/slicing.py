@@ -40,7 +40,9 @@ def repeated_positions(units: Tensor, copies: Tensor) -> Tensor:
         return torch.nonzero(count).flatten()
     starts = torch.cat([torch.tensor([True]), units[1:] != units[:-1]]).nonzero().flatten()
     ends = torch.cat([starts[1:], torch.tensor([len(units)])])
-    runs = [torch.arange(a, b).repeat(int(count[a])) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+    runs = [
+        torch.arange(a, b).repeat(int(count[a])) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
+    ]
     return torch.cat(runs)
 
 
@@ -83,7 +85,9 @@ class _Slicer(Operands):
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.batches: dict[int, fx.Node] = {}
-        self.result = Program(self.graph, None, program.training, dict(program.constants), list(program.mutations))  # type: ignore[arg-type]
+        self.result = Program(
+            self.graph, None, program.training, dict(program.constants), list(program.mutations)
+        )  # type: ignore[arg-type]
         self._positions: dict[fx.Node, Tensor] = {}
 
     def run(self) -> Program:
@@ -151,7 +155,9 @@ class _Slicer(Operands):
 
     def gather(self, node: fx.Node, axis: int, want: Tensor) -> fx.Node:
         units = node.meta.get("units")
-        return self._select(self.values[node], axis, want if units is None else find_positions(self.positions(node), want))
+        return self._select(
+            self.values[node], axis, want if units is None else find_positions(self.positions(node), want)
+        )
 
     def batch(self, factor: int) -> fx.Node:
         return batch_expression(self.graph, self.result.image, self.batches, factor)
@@ -162,7 +168,13 @@ class _Slicer(Operands):
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             constant = self.graph.placeholder(f"index_{len(self.result.constants)}")
-        constant.meta = {"tensor": name, "static": True, "shape": tuple(index.shape), "dtype": index.dtype, "value": index}
+        constant.meta = {
+            "tensor": name,
+            "static": True,
+            "shape": tuple(index.shape),
+            "dtype": index.dtype,
+            "value": index,
+        }
         created = self.graph.call_function(aten.index_select.default, (value, axis, constant))
         shape = list(value.meta["shape"])
         shape[axis] = len(index)
@@ -183,7 +195,9 @@ class _Slicer(Operands):
             shape[node.meta["axis"]] = len(self.positions(node))
             created.meta.update(shape=tuple(shape), units=self._new_units(node))
             if node.meta.get("role") == Role.TAPS:
-                created.meta["positions"] = node.meta.get("positions", torch.arange(len(node.meta["units"])))[self.positions(node)]
+                created.meta["positions"] = node.meta.get("positions", torch.arange(len(node.meta["units"])))[
+                    self.positions(node)
+                ]
         return created
 
 
@@ -194,7 +208,9 @@ def _fold_parameter_slices(programs: dict[bool, Program]) -> dict[str, Parameter
         for node in program.tensor_nodes():
             found = uses.setdefault(node.meta["tensor"], set())
             found.update(user.args[1] if user.target is take else None for user in node.users)
-    slices = {name: ParameterSlice(next(iter(f))) for name, f in uses.items() if len(f) == 1 and None not in f}
+    slices = {
+        name: ParameterSlice(next(iter(f))) for name, f in uses.items() if len(f) == 1 and None not in f
+    }
     for program in programs.values():
         for node in [n for n in program.graph.nodes if n.target is take]:
             source: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -222,7 +238,13 @@ def _lowered(program: Program, node: fx.Node) -> fx.Node:
         last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
         with program.graph.inserting_after(last):
             constant = program.graph.placeholder(f"index_{len(program.constants)}")
-        constant.meta = {"tensor": name, "static": True, "shape": (len(index),), "dtype": torch.int64, "value": torch.tensor(index)}
+        constant.meta = {
+            "tensor": name,
+            "static": True,
+            "shape": (len(index),),
+            "dtype": torch.int64,
+            "value": torch.tensor(index),
+        }
         with program.graph.inserting_before(node):
             shape = list(value.meta["shape"])
             shape[axis] = len(index)

@@ -99,7 +99,9 @@ class _Builder:
 
     def levels(self, units: Tensor) -> fx.Node:
         """Input that holds the levels of these units."""
-        key = next((k for k, v in self.level_vectors.items() if torch.equal(v, units)), str(len(self.level_vectors)))
+        key = next(
+            (k for k, v in self.level_vectors.items() if torch.equal(v, units)), str(len(self.level_vectors))
+        )
         self.level_vectors[key] = units
         return self._input("levels", key)
 
@@ -143,7 +145,12 @@ class _Builder:
         name = f"neighbours.{node.name}"
         self.constants[name] = functional.tap_neighbours(positions, width)
         self.values[node] = self.call(
-            functional.prefix_taps, self.values[node.args[0]], weight, bias, self.levels(units), self._input("constant", name)  # type: ignore[index]
+            functional.prefix_taps,
+            self.values[node.args[0]],
+            weight,
+            bias,
+            self.levels(units),
+            self._input("constant", name),  # type: ignore[index]
         )
 
     def _source_units(self, node: fx.Node) -> Tensor | None:
@@ -163,8 +170,12 @@ class _Builder:
             return self.per_level[source][0]
         axis = node.meta["axis"] - len(node.meta["shape"]) + len(source.meta["shape"])
         if axis < 0:
-            raise AssertionError(f"{node}: a value per level cannot be broadcast over the units of {op_name(node)}")
-        return self.call(functional.pick_levels, self.per_level[source], self.levels(node.meta["units"]), axis)
+            raise AssertionError(
+                f"{node}: a value per level cannot be broadcast over the units of {op_name(node)}"
+            )
+        return self.call(
+            functional.pick_levels, self.per_level[source], self.levels(node.meta["units"]), axis
+        )
 
     def _once_per_level(self, node: fx.Node) -> None:
         results = []
@@ -230,7 +241,13 @@ class _Builder:
         if source.meta.get("units") is None:
             self._same_for_all(node)
             return
-        kinds = {"mean.dim": "mean", "amax": "amax", "amin": "amin", "linalg_vector_norm": "norm", "var.correction": "var"}
+        kinds = {
+            "mean.dim": "mean",
+            "amax": "amax",
+            "amin": "amin",
+            "linalg_vector_norm": "norm",
+            "var.correction": "var",
+        }
         keep = len(node.meta["shape"]) == len(source.meta["shape"])
         correction = call_arg(node, "correction", 1) if op_name(node) == "var.correction" else 0
         listed = self.call(

@@ -85,7 +85,14 @@ def prefix_norm(
 
 
 def prefix_reduce(
-    x: Tensor, levels: Tensor, n: int, kind: str, axes: list[int], channel_axis: int, keepdim: bool, correction: float = 0.0
+    x: Tensor,
+    levels: Tensor,
+    n: int,
+    kind: str,
+    axes: list[int],
+    channel_axis: int,
+    keepdim: bool,
+    correction: float = 0.0,
 ) -> list[Tensor]:
     """Mean, maximum, minimum, variance or L2 norm over the channels of levels <= s, for s = 1..n.
 

@@ -80,12 +80,16 @@ class NestedModule(nn.Module):
             expected = f"(B, {', '.join(map(str, self.analysis.image_size))})"
             raise SteppingError(
                 explain(
-                    "wrong image shape", got=str(tuple(x.shape)), expected=expected,
+                    "wrong image shape",
+                    got=str(tuple(x.shape)),
+                    expected=expected,
                     action="Resize the images, or convert the model again with example_inputs of the new size.",
                 )  # fmt: skip
             )
         if self.training not in self._graphs:
-            raise SteppingError("This net holds no graph for train mode: it was made for inference. Call eval() first.")
+            raise SteppingError(
+                "This net holds no graph for train mode: it was made for inference. Call eval() first."
+            )
         graph = self._graphs[self.training]
         result, *mutated = graph.module(x, *self._tensors(graph, self.training))
         with torch.no_grad():
@@ -150,5 +154,9 @@ def sliced_copy(model: nn.Module, slices: dict[str, ParameterSlice]) -> nn.Modul
     for name, piece in slices.items():
         tensor = tensors[name]
         value = piece.apply(tensor.detach()).clone()
-        made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    return copy.deepcopy(model, made)  # the memo makes the copy take these tensors instead of copying the originals
+        made[id(tensor)] = (
+            nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        )
+    return copy.deepcopy(
+        model, made
+    )  # the memo makes the copy take these tensors instead of copying the originals

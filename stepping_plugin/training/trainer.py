@@ -79,8 +79,8 @@ class TrainConfig:
 def processes(device: str = "auto") -> PartialState:
     """The processes of this run: `process_index`, `num_processes`, `device`, `is_main_process`.
 
-    accelerate joins processes without an accelerator only if told that they are meant to run on the CPU; without
-    that word each of them would train alone.
+    accelerate joins processes that have no accelerator only if told that the CPU is meant; without that word
+    each of them would train alone.
     """
     on_cpu = device == "cpu" and "LOCAL_RANK" in os.environ
     return PartialState(cpu=on_cpu or not torch.accelerator.is_available())

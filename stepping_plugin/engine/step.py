@@ -1,0 +1,197 @@
+"""The graph of one step under construction: caches, constants, prefixes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..graph.operands import Operands
+from . import kernels
+from .plan import Plan
+
+__all__ = ["IMAGE", "SCORES", "StepGraph"]
+
+aten = torch.ops.aten
+IMAGE, SCORES = "image", "scores"
+
+
+class StepGraph(Operands):
+    """Where the operators of one level find their operands.
+
+    Args:
+        plan: what all steps share.
+        level: s.
+        wanted: caches that later steps read -> the last level that does.
+        in_place: see `emit_steps`.
+    """
+
+    def __init__(self, plan: Plan, level: int, wanted: dict[str, int], in_place: bool) -> None:
+        self.plan, self.level, self.wanted, self.in_place = plan, level, wanted, in_place
+        self.graph, self.root = fx.Graph(), nn.Module()
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.prefixes: dict[fx.Node, fx.Node] = {}
+        self.caches: dict[str, fx.Node] = {}  # placeholders
+        self.made: dict[str, fx.Node] = {}  # new contents of caches
+        self.written: set[fx.Node] = set()  # in-place writes that later steps rely on
+        self.sources: dict[str, fx.Node] = {}
+        self.batches: dict[int, fx.Node] = {}
+        self.tensors: dict[tuple, fx.Node] = {}
+
+    def _is_available(self, node: fx.Node) -> bool:
+        return node in self.values or (node is self.plan.program.image and self.level == 1)
+
+    # -- graph
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def unpack(self, several: fx.Node, count: int) -> list[fx.Node]:
+        return [self.call(operator.getitem, several, k) for k in range(count)]
+
+    def cache(self, name: str, source: fx.Node) -> fx.Node:
+        """What lower levels left under a name."""
+        if name not in self.caches:
+            last = next(reversed(self.caches.values()), None)
+            with self.graph.inserting_after(last) if last else self.graph.inserting_before(None):
+                self.caches[name] = self.graph.placeholder(f"cache_{name}".replace(".", "_"))
+            self.sources[name] = source
+        return self.caches[name]
+
+    def keep(self, name: str, value: fx.Node, source: fx.Node) -> None:
+        """Offer a new content of a cache; it is returned if a later step reads it."""
+        self.made[name], self.sources[name] = value, source
+
+    def tensor(self, value: Tensor, key: tuple) -> fx.Node:
+        """A constant of the program."""
+        if key not in self.tensors:
+            name = f"t{len(self.tensors)}"
+            layout = (
+                torch.channels_last
+                if self.plan.channels_last and value.dim() == 4
+                else torch.contiguous_format
+            )
+            self.root.register_buffer(name, value.detach().clone(memory_format=layout))
+            self.tensors[key] = self.graph.get_attr(name)
+        return self.tensors[key]
+
+    # -- what Operands asks for
+
+    def value(self, node: fx.Node) -> fx.Node:
+        if node in self.values:
+            return self.values[node]
+        if node is self.plan.program.image and self.level == 1:
+            image = self.cache(IMAGE, node)
+            self.values[node] = self.call(kernels.channels_last, image) if self.plan.channels_last else image
+            return self.values[node]
+        assert node.meta.get("units") is None and self.level > 1, f"{node} has nothing at level {self.level}"
+        return self.prefix(node)
+
+    def positions(self, node: fx.Node) -> Tensor:
+        return self.plan.positions(node, self.level)
+
+    def reach(self, node: fx.Node) -> tuple[fx.Node, Tensor]:
+        return self.prefix(node), self.reach_positions(node)
+
+    def reach_positions(self, node: fx.Node) -> Tensor:
+        return self.plan.prefix_positions(node, self.level)
+
+    def gather(self, node: fx.Node, axis: int, want: Tensor) -> fx.Node:
+        if node.meta.get("units") is None:
+            return self._select(self.value(node), axis, torch.arange(node.meta["shape"][axis]), want)
+        have = self.positions(node)
+        if bool(torch.isin(want, have).all()):
+            return self._select(self.value(node), axis, have, want)
+        return self._select(self.prefix(node), axis, self.plan.prefix_positions(node, self.level), want)
+
+    def _select(self, value: fx.Node, axis: int, have: Tensor, want: Tensor) -> fx.Node:
+        place = torch.full((int(have.max()) + 1,), -1)
+        place[have] = torch.arange(len(have))
+        index = place[want]
+        if torch.equal(index, torch.arange(len(have))):
+            return value
+        first = int(index[0])
+        if torch.equal(index, torch.arange(first, first + len(index))):
+            return self.call(aten.slice.Tensor, value, axis, first, first + len(index))
+        return self.call(aten.index_select.default, value, axis, self._index(index))
+
+    def _index(self, index: Tensor) -> fx.Node:
+        device = self.plan.device
+        return self.tensor(index.to(device), ("index", tuple(index.tolist())))
+
+    def static(self, node: fx.Node | None, *wanted: tuple[int, Tensor] | None) -> fx.Node | None:
+        if node is None:
+            return None
+        picks = [pair for pair in wanted if pair is not None]
+        key = (node, *((axis, tuple(index.tolist())) for axis, index in picks))
+        if key in self.tensors:
+            return self.tensors[key]
+        value = self.plan.static(node)
+        for axis, index in picks:
+            if not torch.equal(index, torch.arange(value.shape[axis])):
+                value = value.index_select(axis, index.to(value.device))
+        return self.tensor(value, key)
+
+    def batch(self, factor: int) -> fx.Node:
+        if factor not in self.batches:
+            if 1 not in self.batches:
+                anchor = (
+                    self.cache(IMAGE, self.plan.program.image) if self.level == 1 else self._previous_scores()
+                )
+                with self.graph.inserting_after(anchor):
+                    self.batches[1] = self.graph.call_function(aten.sym_size.int, (anchor, 0))
+            if factor != 1:
+                with self.graph.inserting_after(self.batches[1]):
+                    self.batches[factor] = self.graph.call_function(operator.mul, (self.batches[1], factor))
+        return self.batches[factor]
+
+    def _previous_scores(self) -> fx.Node:
+        return self.cache(SCORES, self.plan.program.output)
+
+    # -- prefixes
+
+    def prefix(self, node: fx.Node) -> fx.Node:
+        """The tensor of a node up to this level, ordered by level along its unit axis."""
+        if node not in self.prefixes:
+            self.prefixes[node] = self._prefix(node)
+        return self.prefixes[node]
+
+    def _prefix(self, node: fx.Node) -> fx.Node:
+        name = node.name
+        wanted_later = name in self.wanted
+        is_new = self._is_available(node)
+        if node.meta.get("units") is None or node.meta.get("per_level"):
+            value = self.value(node) if is_new else self.cache(name, node)
+            if is_new:
+                self.keep(name, value, node)
+            return value
+        axis = node.meta["axis"]
+        before = len(self.plan.prefix_positions(node, self.level - 1)) if self.level > 1 else 0
+        if self.level == 1:
+            value = self.values[node]
+            if wanted_later:
+                width = len(self.plan.prefix_positions(node, self.wanted[name]))
+                grows = self.in_place and width > len(self.positions(node))
+                self.keep(name, self.call(kernels.begin_prefix, value, axis, width) if grows else value, node)
+            return value
+        cached = self.cache(name, node)
+        grows_later = len(self.plan.prefix_positions(node, self.last_reader(name))) > before
+        if not is_new:
+            return (
+                self.call(aten.slice.Tensor, cached, axis, 0, before)
+                if self.in_place and grows_later
+                else cached
+            )
+        if not self.in_place:
+            value = self.call(aten.cat.default, [cached, self.values[node]], axis)
+            self.keep(name, value, node)
+            return value
+        value = self.call(kernels.extend_prefix, cached, self.values[node], axis, before)
+        if wanted_later:
+            self.written.add(value)
+        return value
+
+    def last_reader(self, name: str) -> int:
+        return max(self.level, self.wanted.get(name, 0))

@@ -1,0 +1,126 @@
+"""Recipes from the command line: the whole story on a small scale, continued runs, faults."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from nets import relative
+
+from stepping_plugin import CheckpointError, SteppingError, load, verify
+from stepping_plugin.cli import main
+from stepping_plugin.pipeline import plan, run_recipe
+from stepping_plugin.recipe import load_recipe
+
+SMALL = [
+    "data.limit=400", "train.epochs=2", "construction.iterations=4", "construction.batches=2", "retrain.epochs=2", "budgets=0.2,0.5,0.8",
+    "device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    data = run_recipe(load_recipe("digits", SMALL), folder, say=lambda text: None)
+    return folder, data
+
+
+def test_a_run_leaves_everything(done):
+    folder, data = done
+    report = json.loads((folder / "report.json").read_text())
+    assert report["original"]["macs"] == data["original"]["macs"] and 0 < report["original"]["accuracy"] <= 1
+    assert [s["subnet"] for s in report["subnets"]] == [1, 2, 3]
+    for subnet in report["subnets"]:
+        assert 0.97 * subnet["budget"] <= subnet["macs"] <= subnet["budget"]
+        assert {"accuracy", "accuracy_before_retraining"} <= set(subnet)
+    for name in (
+        "index.html",
+        "accuracy_vs_macs.png",
+        "units_per_layer.png",
+        "recipe.yaml",
+        "original.safetensors",
+    ):
+        assert (folder / name).stat().st_size > 0
+    net = load(folder / "net.safetensors")
+    assert net.macs == [s["macs"] for s in report["subnets"]]
+    verify(net)
+
+
+def test_running_again_continues_and_another_recipe_is_refused(done):
+    folder, data = done
+    before = (folder / "original.safetensors").stat().st_mtime_ns
+    again = run_recipe(load_recipe("digits", SMALL), folder, say=lambda text: None)
+    assert (folder / "original.safetensors").stat().st_mtime_ns == before
+    assert [s["accuracy"] for s in again["subnets"]] == [s["accuracy"] for s in data["subnets"]]
+    with pytest.raises(CheckpointError, match="another recipe"):
+        run_recipe(load_recipe("digits", [*SMALL, "seed=1"]), folder, say=lambda text: None)
+
+
+def test_distillation_goes_on_from_a_saved_net(done, tmp_path):
+    folder, _ = done
+    settings = [
+        f"model.net={folder / 'net.safetensors'}", "data.name=digits", "data.limit=400", "retrain.epochs=1",
+        "retrain.teacher.name=digits_net", f"retrain.teacher.checkpoint_path={folder / 'original.safetensors'}", "device=cpu",
+    ]  # fmt: skip
+    data = run_recipe(load_recipe("distill", settings), tmp_path, say=lambda text: None)
+    assert data["original"]["accuracy"] is None and len(data["subnets"]) == 3
+    old, new = load(folder / "net.safetensors"), load(tmp_path / "net.safetensors")
+    assert torch.equal(old.levels, new.levels)
+    x = torch.randn(2, *old.analysis.image_size)
+    with torch.no_grad():
+        assert relative(new.forward_all(x), old.forward_all(x)) > 1e-6, "nothing was trained"
+
+
+def test_validate_plans_without_training(capsys):
+    assert main(["validate", "digits"]) == 0
+    text = capsys.readouterr().out
+    assert "budgets" in text and "plan:" in text
+    facts = plan(load_recipe("digits", []))
+    assert all(0.97 * b <= m <= b for m, b in zip(facts["macs"], facts["budgets"]))
+    assert facts["start_macs"] > facts["reference_macs"]
+
+
+def test_five_mistakes_five_messages(capsys):
+    wrong = [
+        "train.epoch=3",
+        "retrain.gamma=2",
+        "budgets=0.5,0.3",
+        "model.name=digits_nett",
+        "construction.flow=straight",
+    ]
+    assert main(["run", "digits", *wrong]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n  - ") == 5
+    assert "epochs" in error and "digits_net" in error and "trajectory" in error
+
+
+def test_missing_data_says_how_to_get_it(tmp_path):
+    recipe = load_recipe("fashion_mnist_lenet5", [f"data.root={tmp_path}"])
+    with pytest.raises(SteppingError, match="dataset-fashion-mnist"):
+        run_recipe(recipe, tmp_path / "out", say=lambda text: None)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_weights(done, tmp_path, monkeypatch):
+    """kill -9 at several moments, each time continued: bit-identical to the uninterrupted run."""
+    folder, _ = done
+    code = (
+        "import sys; from stepping_plugin import pipeline; pipeline.SAVE_EVERY = 0.0;"
+        "from stepping_plugin.recipe import load_recipe;"
+        "pipeline.run_recipe(load_recipe('digits', sys.argv[2:]), sys.argv[1])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), *SMALL]
+    for wait in (9.0, 11.0, 12.5, 14.0):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ))
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    whole, pieces = load(folder / "net.safetensors"), load(tmp_path / "net.safetensors")
+    assert torch.equal(whole.levels, pieces.levels)
+    for (name, a), (_, b) in zip(whole.state_dict().items(), pieces.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
