@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def _settings(config: ConstructionConfig | None) -> ConstructionConfig:
     return config
 
 
-def check_model(model: nn.Module, example_inputs: Tensor | None) -> tuple[int, ...]:
+def check_model(model: nn.Module, example_inputs: Any) -> tuple[int, ...]:
     """Refuse what cannot be converted; returns the image size (C, H, W).
 
     Raises:
@@ -115,7 +116,7 @@ def check_model(model: nn.Module, example_inputs: Tensor | None) -> tuple[int, .
     return image_size
 
 
-def _image_size(model: nn.Module, example_inputs: Tensor | None) -> tuple[int, ...]:
+def _image_size(model: Any, example_inputs: Any) -> tuple[int, ...]:
     if not isinstance(model, nn.Module):
         raise SteppingError(
             explain("not a model", where="model", got=type(model).__name__, expected="a torch.nn.Module")
@@ -163,7 +164,7 @@ def _check_precision(model: nn.Module) -> None:
                     got=kind,
                     expected="float32 or float64",
                     action="Convert model.float() and train or run the net under torch.autocast.",
-                )  # fmt: skip
+                )
             )
 
 
@@ -172,8 +173,8 @@ def _private_copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:
         raise SteppingError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). A model that keeps results of a forward "
-            "pass (caches) has to be copied before it is called, or called under torch.no_grad()."
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). A model that keeps results "
+            "of a forward pass (caches) has to be copied before it is called, or called under torch.no_grad()."
         ) from error
 
 
@@ -189,7 +190,7 @@ def reference_notes(model: nn.Module, image_size: tuple[int, ...], expected: int
         ]
     if counted != expected:
         raise CaptureError(
-            f"The captured graph has {expected:,} MACs, fvcore counts {counted:,} on the model itself. One of them misses an "
-            "operator; please report the model."
+            f"The captured graph has {expected:,} MACs, fvcore counts {counted:,} on the model itself. One of "
+            "them misses an operator; please report the model."
         )
     return []

@@ -97,7 +97,8 @@ def _validate(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     print(dump_recipe(recipe))
     facts = plan(recipe)
-    title = f"plan: {facts['units']:,} units; original {human_macs(facts['reference_macs'])}, start {human_macs(facts['start_macs'])} MACs"
+    original, start = human_macs(facts["reference_macs"]), human_macs(facts["start_macs"])
+    title = f"plan: {facts['units']:,} units; original {original}, start {start} MACs"
     table = Table("subnet", "budget", "MACs (one shot)", "of the original", title=title)
     for i, (budget, macs) in enumerate(zip(facts["budgets"], facts["macs"]), start=1):
         table.add_row(str(i), human_macs(budget), human_macs(macs), f"{macs / facts['reference_macs']:.2%}")

@@ -14,7 +14,6 @@ from .integrations.fvcore import count_macs
 from .integrations.torch_pruning.witness import toolkit_couplings
 from .levels import floor_macs
 from .macs import MacModel
-from .summary import human_macs
 from .units import analyse
 from .witness import compare_witnesses, join_units
 
@@ -80,11 +79,12 @@ def describe(facts: dict[str, Any], name: str) -> Group:
     couplings = facts["couplings"]
     head = Table.grid(padding=(0, 2))
     default = facts["macs_fvcore_default"]
+    quoted = default if default is None else f"{default:,}"
     rows = [
         ("model", f"{name}, images {tuple(facts['image_size'])}"),
         (
             "MACs (M_t)",
-            f"{facts['macs']:,} (fvcore: {facts['macs_fvcore']:,}; fvcore's default total: {default if default is None else f'{default:,}'})",
+            f"{facts['macs']:,} (fvcore: {facts['macs_fvcore']:,}; fvcore's default total: {quoted})",
         ),
         ("floor of subnet 1", f"{facts['floor_macs']:,} MACs = {facts['floor_share']:.2%} of M_t"),
         ("units", f"{facts['units']:,} made of {facts['channels']:,} output channels"),
@@ -100,14 +100,13 @@ def describe(facts: dict[str, Any], name: str) -> Group:
         others = f" (+{len(group['made_by']) - 1})" if len(group["made_by"]) > 1 else ""
         groups.add_row(group["name"] + others, str(group["units"]))
     lines = [
-        f"couplings: {couplings['agreed_units']:,} units as torch-pruning has them; {couplings['only_channel_graph_units']:,} units that only "
-        f"the channel graph ties (heads, conv groups, ...)",
+        f"couplings: {couplings['agreed_units']:,} units as torch-pruning has them; "
+        f"{couplings['only_channel_graph_units']:,} units that only the channel graph ties (heads, conv groups, ...)"
     ]
     if couplings["only_torch_pruning_sets"]:
         layers = ", ".join(list(couplings["only_torch_pruning_layers"])[:6])
-        lines.append(
-            f"{couplings['only_torch_pruning_sets']} sets of units that only torch-pruning ties: {couplings['only_torch_pruning']} (in {layers})"
-        )
+        sets, fate = couplings["only_torch_pruning_sets"], couplings["only_torch_pruning"]
+        lines.append(f"{sets} sets of units that only torch-pruning ties: {fate} (in {layers})")
     if couplings["torch_pruning_error"]:
         lines.append(f"torch-pruning: {couplings['torch_pruning_error']}")
     lines += [

@@ -12,7 +12,6 @@ units of its own and lower levels), everything else costs a fixed amount per uni
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
@@ -27,9 +26,8 @@ __all__ = ["MacModel", "dense_macs"]
 def dense_macs(node: fx.Node) -> int:
     """MACs of one call of a convolution, linear, matmul or attention at full width, batch 1."""
     name, shape = op_name(node), node.meta["shape"]
-    first, second = (a.meta["shape"] for a in node.args[:2])  # type: ignore[union-attr]
+    first, second = (a.meta["shape"] for a in node.args[:2])
     if name == "scaled_dot_product_attention":
-        value = node.args[2].meta["shape"]  # type: ignore[union-attr]
         return math.prod(first[:-1]) * second[-2] * first[-1] + math.prod(shape) * second[-2]
     if name in ("matmul", "bmm"):
         return math.prod(shape) * first[-1]
@@ -38,6 +36,10 @@ def dense_macs(node: fx.Node) -> int:
     if "transpose" in name:
         return math.prod(first) * math.prod(second[1:])
     return math.prod(shape) * math.prod(second[1:])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
 
 class MacModel:
@@ -67,7 +69,7 @@ class MacModel:
         self._index_pairs(pairs)
 
     def _add_fixed_costs(self, layer: Layer, macs: int) -> None:
-        source: fx.Node = layer.node.args[0]  # type: ignore[assignment]
+        source: fx.Node = layer.node.args[0]
         if layer.role == Role.HEAD and not source.meta.get("per_level"):
             units = layer.in_units
         elif layer.node.meta.get("per_level"):
@@ -98,10 +100,7 @@ class MacModel:
             units.append(members)
             outs.append(torch.bincount(out_units[out_units >= 0], minlength=self.num_units)[members])
             ins.append(torch.bincount(in_units[in_units >= 0], minlength=self.num_units)[members])
-        join: Callable[[list[Tensor]], Tensor] = lambda parts: (
-            torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
-        )  # noqa: E731
-        self.pair_layer, self.pair_unit, self.pair_out, self.pair_in = map(join, (layers, units, outs, ins))
+        self.pair_layer, self.pair_unit, self.pair_out, self.pair_in = map(_joined, (layers, units, outs, ins))
 
     def _histograms(self, levels: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Channels per layer and level: out (L, n + 2) and in (L, n + 2), column s for level s; column 0 is empty."""

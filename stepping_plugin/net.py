@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,7 @@ class SteppingNet(NestedModule):
 
         return summary(self)
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the net to one file (tensors and JSON, no pickle); read it with `stepping_plugin.load`."""
         from .serialization import save
 
@@ -198,7 +199,7 @@ def check_levels(levels: Tensor, analysis: Analysis, n: int) -> Tensor:
                     f"subnet 1 would have an empty layer: none of {len(anchor)} units is at level 1",
                     where=name,
                     action="Keep one of them there.",
-                )  # fmt: skip
+                )
             )
     return levels
 

@@ -1,7 +1,7 @@
 """A recipe from the data to the report: train the original, construct the subnets, retrain them, verify, save.
 
-Every stage leaves its result in the output folder and is taken from there when the same recipe runs again, so a run that
-was killed continues where it was:
+Every stage leaves its result in the output folder and is taken from there when the same recipe runs again, so a run
+that was killed continues where it was:
 
     recipe.yaml             the resolved recipe
     original.safetensors    weights of the trained original; original/ has its log and checkpoint
@@ -313,8 +313,8 @@ class Run:
                 (self.folder / file).unlink(missing_ok=True)
         if written.is_file() and _comparable(written.read_text()) != _comparable(own):
             raise CheckpointError(
-                f"{self.folder} holds a run of another recipe (compare its recipe.yaml). Choose another folder with output=DIR, "
-                "or discard that run with --fresh."
+                f"{self.folder} holds a run of another recipe (compare its recipe.yaml). Choose another folder with "
+                "output=DIR, or discard that run with --fresh."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         written.write_text(own)

@@ -202,15 +202,16 @@ def _rebuild(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor
 
 def _other_model(model: nn.Module, path: Any) -> CheckpointError:
     return CheckpointError(
-        f"{path}: the file belongs to another model than {type(model).__name__} as given (its layers or units differ). Pass "
-        "load(path, model=...) an instance made with the same arguments as the original."
+        f"{path}: the file belongs to another model than {type(model).__name__} as given (its layers or units "
+        "differ). Pass load(path, model=...) an instance made with the same arguments as the original."
     )
 
 
 def _take_over(model: nn.Module, tensors: dict[str, Tensor], path: Any) -> None:
     own = dict(_unique(model))
     wrong = [
-        f"{name}: {tuple(tensors[name].shape) if name in tensors else 'missing'} in the file, {tuple(own[name].shape)} in the model"
+        f"{name}: {tuple(tensors[name].shape) if name in tensors else 'missing'} in the file, "
+        f"{tuple(own[name].shape)} in the model"
         for name in own
         if name not in tensors or tensors[name].shape != own[name].shape
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -175,7 +175,7 @@ def restrict(analysis: Analysis, copies: Tensor) -> tuple[Analysis, dict[str, Pa
     return restricted, slices
 
 
-def _annotate(node: fx.Node, labels: Labels, unit_of) -> None:
+def _annotate(node: fx.Node, labels: Labels, unit_of: Callable[[Tensor], Tensor]) -> None:
     node.meta["per_level"] = node in labels.per_level
     node.meta["role"] = labels.role.get(node)
     node.meta["axis"] = node.meta["units"] = None
@@ -210,9 +210,9 @@ def _weight_units(programs: dict[bool, Program]) -> dict[str, tuple[Tensor, Tens
     for program in programs.values():
         for node in program.operators():
             if node.meta.get("role") == Role.CHANNELS:
-                source: fx.Node = node.args[0]  # type: ignore[assignment]
+                source: fx.Node = node.args[0]
                 pair = full_units(node, channel_axis(node)), full_units(source, channel_axis(source, node))
-                found.setdefault(weight_key(node.args[1]), pair)  # type: ignore[arg-type]
+                found.setdefault(weight_key(node.args[1]), pair)
     return found
 
 
@@ -227,11 +227,11 @@ def _layers(program: Program) -> Iterator[Layer]:
         path = node.meta.get("module") or name
         seen[path] += 1
         label = path if seen[path] == 1 else f"{path}#{seen[path]}"
-        weight = weight_key(node.args[1]) if weighted and is_static(node.args[1]) else None  # type: ignore[arg-type]
+        weight = weight_key(node.args[1]) if weighted and is_static(node.args[1]) else None
         outputs = node.meta["units"] if node.meta["units"] is not None else nothing
         inputs = nothing
         if role in (Role.CHANNELS, Role.GROUPED, Role.HEAD):
-            source: fx.Node = node.args[0]  # type: ignore[assignment]
+            source: fx.Node = node.args[0]
             outputs = full_units(node, channel_axis(node))
             inputs = full_units(source, channel_axis(source, node))
         yield Layer(label, weight, role, outputs, inputs, node)
@@ -351,11 +351,11 @@ def _element_positions(operand: fx.Node) -> tuple[str, tuple[int, ...], Tensor] 
         args, kwargs = fx.node.map_arg(
             (step.args, dict(step.kwargs)), lambda n, p=positions: n.meta.get("value", p)
         )
-        positions = step.target(*args, **kwargs)  # type: ignore[operator]
+        positions = step.target(*args, **kwargs)
     return node.meta["tensor"], shape, positions
 
 
 _MOVING = {
-    "reshape", "permute", "transpose.int", "t", "unsqueeze", "squeeze.dim", "squeeze.dims", "expand", "slice.Tensor", "select.int",
-    "index.Tensor", "index_select", "clone", "alias", "detach",
+    "reshape", "permute", "transpose.int", "t", "unsqueeze", "squeeze.dim", "squeeze.dims", "expand", "slice.Tensor",
+    "select.int", "index.Tensor", "index_select", "clone", "alias", "detach",
 }  # fmt: skip

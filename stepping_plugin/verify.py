@@ -164,8 +164,8 @@ def _leak_error(
 ) -> NestingError:
     layer = _first_difference(net, noise, x, subnet) or "the classifier"
     return NestingError(
-        f"{layer}: subnet {subnet} is not nested; its class scores change by {leak:.1e} (relative) when the units above it "
-        "become noise. A synapse or a statistic leads from a larger subnet into it. If the net was made by "
+        f"{layer}: subnet {subnet} is not nested; its class scores change by {leak:.1e} (relative) when the units "
+        "above it become noise. A synapse or a statistic leads from a larger subnet into it. If the net was made by "
         "apply_steppingnet and not changed by hand, please report the model.",
         layer,
         subnet,

@@ -32,10 +32,11 @@ FAMILIES = [
 
 # The architectures of the acceptance list; a sweep over them is marked slow.
 ARCHITECTURES = [
-    "vgg11_bn", "resnet18", "resnet50", "resnext26ts", "regnety_002", "mobilenetv3_small_050", "efficientnet_lite0", "densenet121",
-    "convnext_atto", "convnextv2_atto", "ghostnet_050", "res2net50_26w_4s", "skresnet18", "ecaresnet26t", "nf_regnet_b0",
-    "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224", "poolformer_s12",
-    "hrnet_w18_small", "levit_128s", "mobilevit_xxs", "coat_lite_tiny",
+    "vgg11_bn", "resnet18", "resnet50", "resnext26ts", "regnety_002", "mobilenetv3_small_050", "efficientnet_lite0",
+    "densenet121", "convnext_atto", "convnextv2_atto", "ghostnet_050", "res2net50_26w_4s", "skresnet18",
+    "ecaresnet26t", "nf_regnet_b0", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224",
+    "swin_tiny_patch4_window7_224", "mixer_s32_224", "poolformer_s12", "hrnet_w18_small", "levit_128s",
+    "mobilevit_xxs", "coat_lite_tiny",
 ]  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def random_levels(analysis: Analysis, n: int, seed: int = 0, spare: bool = False
     generator = torch.Generator().manual_seed(seed)
     levels = torch.randint(1, n + 1 + spare, (analysis.num_units,), generator=generator)
     for group in analysis.groups:
-        if torch.rand(1, generator=generator) < 0.25:
+        if n > 1 and torch.rand(1, generator=generator) < 0.25:
             empty = int(torch.randint(2, n + 1, (1,), generator=generator))
             own = levels[group.units]
             levels[group.units] = torch.where(own == empty, empty - 1, own)

@@ -117,7 +117,7 @@ def test_architectures(name):
         )
 
 
-# ------------------------------------------------------------------------------------------------- verify must be able to fail
+# ------------------------------------------------------------------------------------ verify must be able to fail
 
 
 def test_verify_sees_a_flipped_mask():

@@ -17,7 +17,8 @@ from stepping_plugin.pipeline import plan, run_recipe
 from stepping_plugin.recipe import load_recipe
 
 SMALL = [
-    "data.limit=400", "train.epochs=2", "construction.iterations=4", "construction.batches=2", "retrain.epochs=2", "budgets=0.2,0.5,0.8",
+    "data.limit=400", "train.epochs=2", "construction.iterations=4", "construction.batches=2", "retrain.epochs=2",
+    "budgets=0.2,0.5,0.8",
     "device=cpu",
 ]  # fmt: skip
 
@@ -64,7 +65,8 @@ def test_distillation_goes_on_from_a_saved_net(done, tmp_path):
     folder, _ = done
     settings = [
         f"model.net={folder / 'net.safetensors'}", "data.name=digits", "data.limit=400", "retrain.epochs=1",
-        "retrain.teacher.name=digits_net", f"retrain.teacher.checkpoint_path={folder / 'original.safetensors'}", "device=cpu",
+        "retrain.teacher.name=digits_net", f"retrain.teacher.checkpoint_path={folder / 'original.safetensors'}",
+        "device=cpu",
     ]  # fmt: skip
     data = run_recipe(load_recipe("distill", settings), tmp_path, say=lambda text: None)
     assert data["original"]["accuracy"] is None and len(data["subnets"]) == 3

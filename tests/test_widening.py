@@ -25,19 +25,20 @@ MODELS = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "lene
 
 
 class Neighbours(nn.Module):
-    """A gate from a convolution along the channels (ECA), and a shared mean over the channels."""
+    """A gate from a convolution along the channels (ECA), and a mean over the channels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 12, 3)
         self.gate = nn.Conv1d(1, 1, 3, padding=1)
-        self.hidden = nn.Conv2d(12, 10, 3)
+        self.extra = nn.Conv2d(12, 9, 1)
+        self.hidden = nn.Conv2d(9, 10, 3)
         self.head = nn.Linear(10, 4)
 
     def forward(self, x):
         x = torch.relu(self.stem(x))
         x = x * torch.sigmoid(self.gate(x.mean((2, 3)).unsqueeze(1))).squeeze(1)[:, :, None, None]
-        x = torch.tanh(self.hidden(x))
+        x = torch.tanh(self.hidden(torch.relu(self.extra(x))))
         x = x - x.mean(1, keepdim=True)
         return self.head(x.mean((2, 3)))
 

@@ -2,7 +2,8 @@
 
 Where the toolkit's pruners remove channels, this one moves units to subnets:
 
-    pruner = SteppingPruner(model, example_inputs, importance=tp.importance.GroupMagnitudeImportance(), budgets=[0.1, 0.3])
+    importance = tp.importance.GroupMagnitudeImportance()
+    pruner = SteppingPruner(model, example_inputs, importance=importance, budgets=[0.1, 0.3])
     pruner.step()                                   # or: for move in pruner.step(interactive=True): move.prune()
     net = pruner.net                                # a SteppingNet
 
@@ -95,7 +96,7 @@ class SteppingPruner:
         round_to: int | None = None,
         seed: int = 0,
     ) -> None:
-        images = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
+        images: Any = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
         image_size = check_model(model, images)
         self.notes: list[str] = []
         owner = copy.deepcopy(model)
@@ -170,14 +171,14 @@ class SteppingPruner:
         if importance is None:
             return fallback
         graph = _dependency_graph(model, images, customized_pruners, unwrapped_parameters)
-        modules = dict(model.named_modules())
+        modules: dict[str, Any] = dict(model.named_modules())
         total, count = (
             torch.zeros(analysis.num_units, dtype=torch.float64),
             torch.zeros(analysis.num_units, dtype=torch.float64),
         )
         for weight, (units, _) in analysis.weight_units.items():
-            module = modules.get(weight.removesuffix(".weight"))
-            if not isinstance(module, tuple(root_types)) or not bool((units >= 0).any()):
+            module: Any = modules.get(weight.removesuffix(".weight"))
+            if not isinstance(module, nn.Module) or not isinstance(module, tuple(root_types)) or not bool((units >= 0).any()):
                 continue
             found = _group_scores(graph, module, len(units), importance)
             if found is None:
@@ -206,8 +207,8 @@ def _dependency_graph(
             )
     except Exception as error:
         raise SteppingError(
-            f"torch-pruning cannot build its dependency graph of {type(model).__name__} ({type(error).__name__}: {error}), so its "
-            "importances cannot be asked. Leave importance out to rank units by the magnitude of their weights."
+            f"torch-pruning cannot build its dependency graph of {type(model).__name__} ({type(error).__name__}: "
+            f"{error}), so its importances cannot be asked. Leave importance out to rank units by the magnitude of their weights."
         ) from error
     finally:
         for module, training in modes.items():  # build_dependency leaves the model in eval mode

@@ -67,8 +67,8 @@ def _export(model: nn.Module, image_size: tuple[int, ...]) -> torch.export.Expor
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be captured for images of shape {tuple(image_size)}: torch.export says "
-            f"{type(error).__name__}: {_first_lines(str(error))}\nGive example_inputs of the shape the model expects; a "
-            f"model whose control flow depends on the data has to be rewritten without it."
+            f"{type(error).__name__}: {_first_lines(str(error))}\nGive example_inputs of the shape the model expects; "
+            f"a model whose control flow depends on the data has to be rewritten without it."
         ) from error
 
 
@@ -109,7 +109,8 @@ class _Canonicaliser:
         self.values: dict[fx.Node, Any] = {}
         self.batches: dict[int, fx.Node] = {}
         self.running_stats: set[fx.Node] = set()
-        self.program = Program(self.graph, None, training)  # type: ignore[arg-type]
+        self.program = Program(self.graph, None, training)  # the image is the first placeholder
+        self.has_image = False
 
     def run(self) -> Program:
         nodes = list(self.exported.graph.nodes)
@@ -168,10 +169,11 @@ class _Canonicaliser:
         seen: dict[str, fx.Node] = {}
         for node in sorted(nodes, key=lambda n: n.name in names):  # the image comes first
             if node.name not in names:
-                if self.program.image is not None:
+                if self.has_image:
                     raise CaptureError(
                         "The model takes several inputs; one image batch (B, C, H, W) is supported."
                     )
+                self.has_image = True
                 self.program.image = self.values[node] = self._new_placeholder("x", node)
                 continue
             name = names[node.name]
@@ -201,7 +203,7 @@ class _Canonicaliser:
         mutated = signature.buffers_to_mutate
         results = []
         kept_mutations = []
-        for out in node.args[0]:  # type: ignore[union-attr]
+        for out in node.args[0]:
             if isinstance(out, fx.Node) and out.name in mutated:
                 if out not in self.running_stats:
                     kept_mutations.append((mutated[out.name], self.values[out]))
@@ -210,7 +212,7 @@ class _Canonicaliser:
         if len(results) != 1 or not isinstance(results[0], fx.Node):
             raise CaptureError(
                 f"The model returns {len(results)} tensors in {'train' if self.program.training else 'eval'} mode; "
-                "one tensor of class scores (B, classes) is expected. Wrap the model so that it returns only the scores."
+                "one tensor of class scores (B, classes) is expected. Wrap the model so that it returns nothing else."
             )
         self.program.mutations = [name for name, _ in kept_mutations]
         self.graph.output((self.values[results[0]], *[value for _, value in kept_mutations]))
@@ -245,7 +247,7 @@ class _Canonicaliser:
 
     def _getitem(self, node: fx.Node) -> None:
         source, index = node.args
-        name = op_name(source)  # type: ignore[arg-type]
+        name = op_name(source)
         if name in _BATCH_NORMS:
             if index == 0:
                 self.values[node] = self.values[source]
@@ -255,18 +257,18 @@ class _Canonicaliser:
             if index == 0:
                 self.values[node] = self.values[source]
         else:
-            self.values[node] = self._take_output(node, source, index, name)  # type: ignore[arg-type]
+            self.values[node] = self._take_output(node, source, index, name)
 
     def _take_output(self, node: fx.Node, source: fx.Node, index: int, name: str) -> fx.Node:
         """Single-output form of output `index` of an operator with several outputs."""
         x = source.args[0]
         if name in ("split.Tensor", "split_with_sizes", "chunk", "tensor_split.sections"):
-            dim = call_arg(source, "dim", 0) % x.meta["val"].dim()  # type: ignore[union-attr]
+            dim = call_arg(source, "dim", 0) % x.meta["val"].dim()
             sizes = [v.shape[dim] for v in source.meta["val"]]
             start = sum(sizes[:index])
             return self._emit(aten.slice.Tensor, (self.values[x], dim, start, start + sizes[index]), {}, node)
         if name == "unbind.int":
-            dim = call_arg(source, "dim", 0) % x.meta["val"].dim()  # type: ignore[union-attr]
+            dim = call_arg(source, "dim", 0) % x.meta["val"].dim()
             return self._emit(aten.select.int, (self.values[x], dim, index), {}, node)
         if name == "max.dim" and index == 0:
             dim, keep = call_arg(source, "dim"), call_arg(source, "keepdim", False)
@@ -286,15 +288,15 @@ class _Canonicaliser:
         return self._emit(operator.getitem, (self.values[source], index), {}, node)
 
     def _batch_norm(self, node: fx.Node, name: str) -> fx.Node:
-        x, weight, bias = (self.values.get(a) for a in node.args[:3])  # type: ignore[arg-type]
+        x, weight, bias = (self.values.get(a) for a in node.args[:3])
         if name == "_native_batch_norm_legit.no_stats":
             mean = var = None
             training, momentum, eps = node.args[3:6]
         elif name == "_native_batch_norm_legit_no_training":
-            mean, var = self.values[node.args[3]], self.values[node.args[4]]  # type: ignore[index]
+            mean, var = self.values[node.args[3]], self.values[node.args[4]]
             training, momentum, eps = False, *node.args[5:7]
         else:
-            mean, var = self.values[node.args[3]], self.values[node.args[4]]  # type: ignore[index]
+            mean, var = self.values[node.args[3]], self.values[node.args[4]]
             training, momentum, eps = node.args[5:8]
         args = (x, weight, bias, mean, var, training, momentum, eps, True)
         return self._emit(aten.batch_norm.default, args, {}, _first(node))

@@ -43,7 +43,7 @@ class Program:
     @property
     def output(self) -> fx.Node:
         """The node that computes the class scores."""
-        return self.graph.output_node().args[0][0]  # type: ignore[index,return-value]
+        return self.graph.output_node().args[0][0]
 
     def tensor_nodes(self) -> Iterator[fx.Node]:
         """Placeholders of parameters, buffers and constants, in order."""
@@ -92,7 +92,7 @@ def call_arg(node: fx.Node, name: str, default: Any = None) -> Any:
     """
     if name in node.kwargs:
         return node.kwargs[name]
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = node.target._schema.arguments
     for position, argument in enumerate(schema):
         if argument.name == name:
             if position < len(node.args):
@@ -140,7 +140,7 @@ def static_value(
             continue
         args, kwargs = fx.node.map_arg((current.args, dict(current.kwargs)), lambda n: memo[n])
         with torch.no_grad():
-            memo[current] = current.target(*args, **kwargs)  # type: ignore[operator]
+            memo[current] = current.target(*args, **kwargs)
     return memo[node]
 
 

@@ -30,6 +30,10 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     return node.meta["shape"]
 
@@ -52,12 +56,18 @@ def pass_per_level(labels: Labels, node: fx.Node) -> Tensor | None:
 
 # ------------------------------------------------------------------------------------------------- data movement
 
-MOVES = (
-    "reshape view permute transpose.int t unsqueeze squeeze squeeze.dim squeeze.dims expand flatten.using_ints "
-    "unflatten.int slice.Tensor select.int roll flip index.Tensor index_select repeat pixel_shuffle pixel_unshuffle "
-    "unfold channel_shuffle movedim.int narrow diagonal"
-).split()
-IDENTITIES = "clone contiguous alias detach dropout _to_copy to.dtype lift_fresh_copy feature_dropout alpha_dropout type_as".split()
+MOVES = _names(
+    """
+    reshape view permute transpose.int t unsqueeze squeeze squeeze.dim squeeze.dims expand flatten.using_ints
+    unflatten.int slice.Tensor select.int roll flip index.Tensor index_select repeat pixel_shuffle pixel_unshuffle
+    unfold channel_shuffle movedim.int narrow diagonal
+    """
+)
+IDENTITIES = _names(
+    """
+    clone contiguous alias detach dropout _to_copy to.dtype lift_fresh_copy feature_dropout alpha_dropout type_as
+    """
+)
 
 
 @rule(*IDENTITIES)
@@ -88,12 +98,12 @@ def move(labels: Labels, node: fx.Node) -> Tensor | None:
     ):
         return compress(label.expand(shape_of(source)).reshape(shape_of(node)))
     if name in ("permute", "transpose.int", "t", "unsqueeze"):
-        return node.target(label, *node.args[1:])  # type: ignore[operator]
+        return node.target(label, *node.args[1:])
     arguments = _with_index_values(node)
     if arguments is None:
         return None
     args, kwargs = arguments
-    return compress(node.target(label.expand(shape_of(source)), *args, **kwargs))  # type: ignore[operator]
+    return compress(node.target(label.expand(shape_of(source)), *args, **kwargs))
 
 
 def _with_index_values(node: fx.Node) -> tuple[list[Any], dict[str, Any]] | None:
@@ -112,19 +122,19 @@ def pad(labels: Labels, node: fx.Node) -> Tensor | None:
     if passed is not None:
         return passed
     source, amounts = node.args[0], node.args[1]
-    label, rank = labels.of(source), len(shape_of(node))  # type: ignore[arg-type]
-    padded = [rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0]  # type: ignore[arg-type]
+    label, rank = labels.of(source), len(shape_of(node))
+    padded = [rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0]
     if all(label.shape[a] == 1 for a in padded):
         return label
     if op_name(node) == "pad" and call_arg(node, "mode", "constant") != "constant":
         return None
-    full = label.expand([shape_of(source)[d] if d in padded else label.shape[d] for d in range(rank)])  # type: ignore[arg-type]
-    return torch.nn.functional.pad(full, amounts)  # type: ignore[arg-type]
+    full = label.expand([shape_of(source)[d] if d in padded else label.shape[d] for d in range(rank)])
+    return torch.nn.functional.pad(full, amounts)
 
 
 @rule("cat", "stack")
 def concatenate(labels: Labels, node: fx.Node) -> Tensor | None:
-    pieces: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    pieces: list[fx.Node] = list(node.args[0])
     rank = len(shape_of(node))
     dim = call_arg(node, "dim", 0) % rank
     if any(p in labels.per_level for p in pieces):
@@ -148,14 +158,17 @@ def concatenate(labels: Labels, node: fx.Node) -> Tensor | None:
 
 # ------------------------------------------------------------------------------------------------- elementwise
 
-ELEMENTWISE = (
-    "add.Tensor sub.Tensor mul.Tensor div.Tensor add.Scalar sub.Scalar mul.Scalar div.Scalar rsub.Scalar relu relu6 gelu "
-    "silu sigmoid hardswish hardsigmoid hardtanh clamp clamp_min clamp_max leaky_relu elu selu celu tanh exp log sqrt "
-    "rsqrt pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor neg mish softplus maximum minimum abs reciprocal addcmul addcdiv "
-    "where.self sin cos square erf bitwise_not eq.Scalar ne.Scalar masked_fill.Scalar log_sigmoid prelu zeros_like "
-    "ones_like full_like lerp.Scalar lerp.Tensor sign floor fmod.Scalar log1p expm1 threshold hardshrink softsign tanhshrink logical_not "
-    "gt.Scalar lt.Scalar ge.Scalar le.Scalar bernoulli.p rand_like randn_like silu_backward div.Tensor_mode"
-).split()
+ELEMENTWISE = _names(
+    """
+    add.Tensor sub.Tensor mul.Tensor div.Tensor add.Scalar sub.Scalar mul.Scalar div.Scalar rsub.Scalar relu relu6
+    gelu silu sigmoid hardswish hardsigmoid hardtanh clamp clamp_min clamp_max leaky_relu elu selu celu tanh exp log
+    sqrt rsqrt pow.Tensor_Scalar pow.Scalar pow.Tensor_Tensor neg mish softplus maximum minimum abs reciprocal
+    addcmul addcdiv where.self sin cos square erf bitwise_not eq.Scalar ne.Scalar masked_fill.Scalar log_sigmoid
+    prelu zeros_like ones_like full_like lerp.Scalar lerp.Tensor sign floor fmod.Scalar log1p expm1 threshold
+    hardshrink softsign tanhshrink logical_not gt.Scalar lt.Scalar ge.Scalar le.Scalar bernoulli.p rand_like
+    randn_like silu_backward div.Tensor_mode
+    """
+)
 
 
 @rule(*ELEMENTWISE)
@@ -181,22 +194,22 @@ def made_from_size(labels: Labels, node: fx.Node) -> Tensor | None:
 @rule("batch_norm")
 def batch_norm(labels: Labels, node: fx.Node) -> Tensor | None:
     passed = pass_per_level(labels, node)
-    return passed if passed is not None else labels.of(node.args[0])  # type: ignore[arg-type]
+    return passed if passed is not None else labels.of(node.args[0])
 
 
 @rule("layer_norm", "rms_norm")
 def layer_norm(labels: Labels, node: fx.Node) -> Tensor | None:
     rank = len(shape_of(node))
-    return _norm(labels, node, list(range(rank - len(node.args[1]), rank)))  # type: ignore[arg-type]
+    return _norm(labels, node, list(range(rank - len(node.args[1]), rank)))
 
 
 @rule("group_norm")
 def group_norm(labels: Labels, node: fx.Node) -> Tensor | None:
     """One group: prefix statistics. Several groups: a whole group is a unit."""
-    groups, rank = int(node.args[1]), len(shape_of(node))  # type: ignore[arg-type]
+    groups, rank = int(node.args[1]), len(shape_of(node))
     if groups == 1 or node.args[0] in labels.per_level:
         return _norm(labels, node, list(range(1, rank)))
-    label = labels.merge(labels.of(node.args[0]), range(2, rank))  # type: ignore[arg-type]
+    label = labels.merge(labels.of(node.args[0]), range(2, rank))
     return _join_groups(labels, label, groups, shape_of(node)[1], shape_of(node)[1])
 
 
@@ -204,7 +217,7 @@ def _norm(labels: Labels, node: fx.Node, axes: list[int]) -> Tensor | None:
     passed = pass_per_level(labels, node)
     if passed is not None:
         return passed
-    label = labels.of(node.args[0])  # type: ignore[arg-type]
+    label = labels.of(node.args[0])
     varying = [d for d in range(label.dim()) if label.shape[d] > 1]
     if not any(d in axes for d in varying):
         if labels.role.get(node) == Role.PREFIX_NORM:
@@ -216,7 +229,12 @@ def _norm(labels: Labels, node: fx.Node, axes: list[int]) -> Tensor | None:
     return labels.merge(label, axes)
 
 
-REDUCTIONS = "mean.dim amax amin linalg_vector_norm var.correction std.correction sum.dim_IntList softmax.int _softmax log_softmax.int _safe_softmax cumsum mean sum prod.dim_int all.dim any.dim logsumexp argmax".split()
+REDUCTIONS = _names(
+    """
+    mean.dim amax amin linalg_vector_norm var.correction std.correction sum.dim_IntList softmax.int _softmax
+    log_softmax.int _safe_softmax cumsum mean sum prod.dim_int all.dim any.dim logsumexp argmax
+    """
+)
 PREFIX_REDUCTIONS = ("mean.dim", "amax", "amin", "linalg_vector_norm", "var.correction")
 KEEP_SHAPE = ("softmax.int", "_softmax", "log_softmax.int", "_safe_softmax", "cumsum")
 
@@ -227,7 +245,7 @@ def reduction(labels: Labels, node: fx.Node) -> Tensor | None:
     passed = pass_per_level(labels, node)
     if passed is not None:
         return passed
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    source: fx.Node = node.args[0]
     rank, name = len(shape_of(source)), op_name(node)
     dims = reduced_axes(node)
     label = labels.of(source)
@@ -247,7 +265,7 @@ def reduction(labels: Labels, node: fx.Node) -> Tensor | None:
 
 def reduced_axes(node: fx.Node) -> list[int]:
     """Non-negative axes that a reduction runs over."""
-    rank = len(node.args[0].meta["shape"])  # type: ignore[union-attr]
+    rank = len(node.args[0].meta["shape"])
     dims = call_arg(node, "dim", None)
     if dims is None or dims == []:
         return list(range(rank))
@@ -256,9 +274,11 @@ def reduced_axes(node: fx.Node) -> list[int]:
 
 SPATIAL = {
     "max_pool2d": 2, "avg_pool2d": 2, "adaptive_avg_pool2d": 2, "adaptive_max_pool2d": 2, "avg_pool1d": 1,
-    "adaptive_avg_pool1d": 1, "adaptive_max_pool1d": 1, "max_pool1d": 1, "max_pool3d": 3, "avg_pool3d": 3, "upsample_nearest2d.vec": 2,
+    "adaptive_avg_pool1d": 1, "adaptive_max_pool1d": 1, "max_pool1d": 1, "max_pool3d": 3, "avg_pool3d": 3,
+    "upsample_nearest2d.vec": 2,
     "upsample_bilinear2d.vec": 2, "upsample_bicubic2d.vec": 2, "upsample_bilinear2d": 2, "upsample_nearest2d": 2,
-    "upsample_bicubic2d": 2, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2, "reflection_pad2d": 2, "replication_pad2d": 2,
+    "upsample_bicubic2d": 2, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
+    "reflection_pad2d": 2, "replication_pad2d": 2,
 }  # fmt: skip
 
 
@@ -269,13 +289,13 @@ def spatial(labels: Labels, node: fx.Node) -> Tensor | None:
     if passed is not None:
         return passed
     rank = len(shape_of(node))
-    return labels.merge(labels.of(node.args[0]), range(rank - SPATIAL[op_name(node)], rank))  # type: ignore[arg-type]
+    return labels.merge(labels.of(node.args[0]), range(rank - SPATIAL[op_name(node)], rank))
 
 
 @rule("im2col")
 def im2col(labels: Labels, node: fx.Node) -> Tensor | None:
     """(B, C, H, W) -> (B, C * kh * kw, positions): every channel spreads over its window."""
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    source: fx.Node = node.args[0]
     label = labels.merge(labels.of(source), [2, 3])
     if label.shape[1] == 1:
         return label.reshape(1, 1, 1)
@@ -316,7 +336,7 @@ def weighted(labels: Labels, node: fx.Node) -> Tensor | None:
     rank = len(shape_of(node))
     axis = rank - 1 if op_name(node) == "linear" else 1
     groups = 1 if op_name(node) == "linear" else call_arg(node, "groups", 1)
-    label = labels.of(source)  # type: ignore[arg-type]
+    label = labels.of(source)
     if labels.role.get(node) == Role.HEAD:
         return _head(labels, node, label, axis, groups)
     if source in labels.per_level:
@@ -325,7 +345,7 @@ def weighted(labels: Labels, node: fx.Node) -> Tensor | None:
     if groups > 1:
         labels.role[node] = Role.GROUPED
         label = labels.merge(label, range(2, label.dim()))
-        return _join_groups(labels, label, groups, shape_of(source)[1], shape_of(node)[1])  # type: ignore[arg-type]
+        return _join_groups(labels, label, groups, shape_of(source)[1], shape_of(node)[1])
     elsewhere = [d for d in range(label.dim()) if d != axis and label.shape[d] > 1]
     if elsewhere and op_name(node) != "linear":
         carried = _convolution_beside_units(labels, node, label)
@@ -347,11 +367,11 @@ def _head(labels: Labels, node: fx.Node, label: Tensor, axis: int, groups: int) 
 
 
 def _channels(labels: Labels, node: fx.Node, label: Tensor, axis: int) -> Tensor:
-    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    weight: fx.Node = node.args[1]
     entry = labels.weight(weight_key(weight), shape_of(node)[axis])
     inputs = label.expand(
         [shape_of(node.args[0])[d] if d == axis else 1 for d in range(label.dim())]
-    ).flatten()  # type: ignore[arg-type]
+    ).flatten()
     if entry.inputs is None:
         entry.inputs = inputs
     else:  # call sites of one weight share their units
@@ -362,18 +382,18 @@ def _channels(labels: Labels, node: fx.Node, label: Tensor, axis: int) -> Tensor
 
 def _convolution_beside_units(labels: Labels, node: fx.Node, label: Tensor) -> Tensor | None:
     """A convolution whose spatial axes carry the units: pointwise along them, or sliding over them (ECA)."""
-    weight_shape = node.args[1].meta["shape"]  # type: ignore[union-attr]
+    weight_shape = node.args[1].meta["shape"]
     along = [d for d in range(2, label.dim()) if label.shape[d] > 1]
     if label.shape[1] != 1:
         return None
-    if all(weight_shape[d] == 1 for d in along) and shape_of(node)[2:] == shape_of(node.args[0])[2:]:  # type: ignore[arg-type]
+    if all(weight_shape[d] == 1 for d in along) and shape_of(node)[2:] == shape_of(node.args[0])[2:]:
         labels.role[node] = Role.CARRIED
         return label
     if (
         op_name(node) == "conv1d"
         and tuple(weight_shape[:2]) == (1, 1)
         and shape_of(node) == shape_of(node.args[0])
-    ):  # type: ignore[arg-type]
+    ):
         labels.role[node] = Role.TAPS
         return label
     return None
@@ -399,18 +419,18 @@ def matmul(labels: Labels, node: fx.Node) -> Tensor | None:
     a, b = node.args[:2]
     rank = len(shape_of(node))
     if is_static(b):
-        return _times_matrix(labels, node, labels.of(a), -1)  # type: ignore[arg-type]
+        return _times_matrix(labels, node, labels.of(a), -1)
     if is_static(a):
-        return _times_matrix(labels, node, labels.of(b), -2)  # type: ignore[arg-type]
-    left, right = labels.of(a), labels.of(b)  # type: ignore[arg-type]
+        return _times_matrix(labels, node, labels.of(b), -2)
+    left, right = labels.of(a), labels.of(b)
     if a in labels.per_level or b in labels.per_level:
-        if labels.is_free(a) and labels.is_free(b):  # type: ignore[arg-type]
+        if labels.is_free(a) and labels.is_free(b):
             labels.per_level.add(node)
             return free(node)
         return None
-    if labels.is_free(a) and right.shape[-2] == 1 and right.dim() == rank:  # type: ignore[arg-type]
+    if labels.is_free(a) and right.shape[-2] == 1 and right.dim() == rank:
         return labels.join([right], rank)
-    if labels.is_free(b) and left.shape[-1] == 1 and left.dim() == rank:  # type: ignore[arg-type]
+    if labels.is_free(b) and left.shape[-1] == 1 and left.dim() == rank:
         return labels.join([left], rank)
     return labels.join([labels.merge(left, [-1, -2]), labels.merge(right, [-1, -2])], rank)
 

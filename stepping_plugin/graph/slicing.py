@@ -178,8 +178,9 @@ class _Slicer(Operands):
         created = self.graph.call_function(aten.index_select.default, (value, axis, constant))
         shape = list(value.meta["shape"])
         shape[axis] = len(index)
-        created.meta = {"shape": tuple(shape), "dtype": value.meta["dtype"], "static": False, "module": value.meta.get("module", ""),
-                        "axis": None, "units": None, "per_level": value.meta.get("per_level", False), "role": None}  # fmt: skip
+        inherited = {"per_level": False, "module": "", **value.meta}
+        created.meta = {key: inherited[key] for key in ("dtype", "module", "per_level")}
+        created.meta.update(shape=tuple(shape), static=False, axis=None, units=None, role=None)
         return created
 
     # -- operators

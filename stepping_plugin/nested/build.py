@@ -71,9 +71,9 @@ class _Builder:
             elif node.op == "call_function":
                 self._operator(node)
         output = self.program.graph.output_node().args[0]
-        levels = self._levels_of(output[0])  # type: ignore[index]
+        levels = self._levels_of(output[0])
         scores = levels[-1] if self.standalone else self.call(torch.stack, levels)
-        self.graph.output((scores, *[self.values[m] for m in output[1:]]))  # type: ignore[index]
+        self.graph.output((scores, *[self.values[m] for m in output[1:]]))
         self.graph.eliminate_dead_code()
         for key, node in list(self.inputs.items()):
             if not node.users:
@@ -128,7 +128,7 @@ class _Builder:
             self._prefix_reduce(node)
         elif node.meta.get("per_level"):
             self._once_per_level(node)
-        elif role == Role.CHANNELS and not (self.standalone and node.args[1].op == "placeholder"):  # type: ignore[union-attr]
+        elif role == Role.CHANNELS and not (self.standalone and node.args[1].op == "placeholder"):
             self._masked(node)
         elif role == Role.PREFIX_NORM and self.n > 1 and self._source_units(node) is not None:
             self._prefix_norm(node)
@@ -138,10 +138,10 @@ class _Builder:
             self._plain(node)
 
     def _taps(self, node: fx.Node) -> None:
-        weight, bias = self.values[node.args[1]], self.values.get(call_arg(node, "bias"))  # type: ignore[index,arg-type]
+        weight, bias = self.values[node.args[1]], self.values.get(call_arg(node, "bias"))
         units = node.meta["units"]
         positions = node.meta.get("positions", torch.arange(len(units)))
-        width = node.args[1].meta["shape"][-1]  # type: ignore[union-attr]
+        width = node.args[1].meta["shape"][-1]
         name = f"neighbours.{node.name}"
         self.constants[name] = functional.tap_neighbours(positions, width)
         self.values[node] = self.call(
@@ -150,11 +150,11 @@ class _Builder:
             weight,
             bias,
             self.levels(units),
-            self._input("constant", name),  # type: ignore[index]
+            self._input("constant", name),
         )
 
     def _source_units(self, node: fx.Node) -> Tensor | None:
-        return node.args[0].meta.get("units")  # type: ignore[union-attr]
+        return node.args[0].meta.get("units")
 
     def _plain(self, node: fx.Node) -> None:
         """The original operator; values per level are read by every channel at its own level."""
@@ -163,7 +163,7 @@ class _Builder:
             if source in self.per_level:
                 replace[source] = self._pick(node, source)
         args, kwargs = self._arguments(node, replace)
-        self.values[node] = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        self.values[node] = self.graph.call_function(node.target, args, kwargs)
 
     def _pick(self, node: fx.Node, source: fx.Node) -> fx.Node:
         if node.meta["units"] is None:  # all channels are at level 1
@@ -182,23 +182,23 @@ class _Builder:
         for s in range(self.n):
             replace = {n: self.per_level[n][s] for n in node.all_input_nodes if n in self.per_level}
             args, kwargs = self._arguments(node, replace)
-            results.append(self.graph.call_function(node.target, args, kwargs))  # type: ignore[arg-type]
+            results.append(self.graph.call_function(node.target, args, kwargs))
         self.per_level[node] = results
 
     def _same_for_all(self, node: fx.Node) -> None:
         args, kwargs = self._arguments(node, {})
-        self.per_level[node] = [self.graph.call_function(node.target, args, kwargs)] * self.n  # type: ignore[arg-type]
+        self.per_level[node] = [self.graph.call_function(node.target, args, kwargs)] * self.n
 
     def _masked(self, node: fx.Node) -> None:
-        weight: fx.Node = node.args[1]  # type: ignore[assignment]
+        weight: fx.Node = node.args[1]
         if weight not in self.masked:
             mask = self._input("mask", weight_key(weight))
             self.masked[weight] = self.call(torch.ops.aten.mul.Tensor, self.values[weight], mask)
         args, kwargs = self._arguments(node, {weight: self.masked[weight]})
-        self.values[node] = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        self.values[node] = self.graph.call_function(node.target, args, kwargs)
 
     def _head(self, node: fx.Node) -> None:
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source: fx.Node = node.args[0]
         units = source.meta.get("units")
         if source in self.per_level:
             self._once_per_level(node)
@@ -209,7 +209,7 @@ class _Builder:
         axis = channel_axis(source, node)
         stacked = self.call(functional.accumulate_head, self.values[source], self.levels(units), self.n, axis)
         args, kwargs = self._arguments(node, {source: stacked})
-        result = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        result = self.graph.call_function(node.target, args, kwargs)
         self.per_level[node] = self._unpack(self.call(torch.chunk, result, self.n, 0))
 
     def _unpack(self, listed: fx.Node) -> list[fx.Node]:
@@ -217,12 +217,12 @@ class _Builder:
 
     def _prefix_norm(self, node: fx.Node) -> None:
         name, rank = op_name(node), len(node.meta["shape"])
-        axes = list(range(1, rank)) if name == "group_norm" else list(range(rank - len(node.args[1]), rank))  # type: ignore[arg-type]
+        axes = list(range(1, rank)) if name == "group_norm" else list(range(rank - len(node.args[1]), rank))
         weight, bias = call_arg(node, "weight"), (call_arg(node, "bias") if name != "rms_norm" else None)
         affine = [self._channel_shaped(p, name, rank) for p in (weight, bias)]
         default_eps = torch.finfo(node.meta["dtype"]).eps if name == "rms_norm" else 1e-5
         eps = call_arg(node, "eps")
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source: fx.Node = node.args[0]
         self.values[node] = self.call(
             functional.prefix_norm, self.values[source], self.levels(source.meta["units"]), self.n, axes,
             source.meta["axis"], *affine, default_eps if eps is None else eps, name != "rms_norm",
@@ -237,7 +237,7 @@ class _Builder:
         return self.call(torch.ops.aten.reshape.default, value, [-1] + [1] * (rank - 2))
 
     def _prefix_reduce(self, node: fx.Node) -> None:
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source: fx.Node = node.args[0]
         if source.meta.get("units") is None:
             self._same_for_all(node)
             return
@@ -252,7 +252,8 @@ class _Builder:
         correction = call_arg(node, "correction", 1) if op_name(node) == "var.correction" else 0
         listed = self.call(
             functional.prefix_reduce, self.values[source], self.levels(source.meta["units"]), self.n,
-            kinds[op_name(node)], reduced_axes(node), source.meta["axis"], keep, 1 if correction is None else correction,
+            kinds[op_name(node)], reduced_axes(node), source.meta["axis"], keep,
+            1 if correction is None else correction,
         )  # fmt: skip
         self.per_level[node] = self._unpack(listed)
 

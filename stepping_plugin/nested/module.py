@@ -18,10 +18,16 @@ from .build import NestedGraph, build_nested
 
 __all__ = ["NestedModule", "channel_levels", "direct_weights", "sliced_copy"]
 
-# What timm users call on a model and what stays meaningful: the classifier and the structure of parameter groups.
+# What timm users call on a model and stays meaningful: the classifier and the structure of parameter groups.
 _DELEGATED = (
-    "default_cfg", "pretrained_cfg", "num_classes", "num_features", "get_classifier", "no_weight_decay", "group_matcher",
-)  # fmt: skip
+    "default_cfg",
+    "pretrained_cfg",
+    "num_classes",
+    "num_features",
+    "get_classifier",
+    "no_weight_decay",
+    "group_matcher",
+)
 
 
 class NestedModule(nn.Module):
@@ -84,7 +90,7 @@ class NestedModule(nn.Module):
                     got=str(tuple(x.shape)),
                     expected=expected,
                     action="Resize the images, or convert the model again with example_inputs of the new size.",
-                )  # fmt: skip
+                )
             )
         if self.training not in self._graphs:
             raise SteppingError(
@@ -130,18 +136,18 @@ def weight_layouts(analysis: Analysis) -> dict[str, tuple[tuple[int, ...], bool]
     for program in analysis.programs.values():
         for node in program.operators():
             if node.meta.get("role") == Role.CHANNELS:
-                weight: fx.Node = node.args[1]  # type: ignore[assignment]
+                weight: fx.Node = node.args[1]
                 layouts[weight_key(weight)] = (weight.meta["shape"], "transpose" in op_name(node))
     return layouts
 
 
 def direct_weights(analysis: Analysis) -> set[str]:
     """Weights that reach their operator untransformed (not weight-standardised), so that a mask can be folded in."""
-    found = {}
+    found: dict[str, bool] = {}
     for program in analysis.programs.values():
         for node in program.operators():
             if node.meta.get("role") == Role.CHANNELS:
-                weight: fx.Node = node.args[1]  # type: ignore[assignment]
+                weight: fx.Node = node.args[1]
                 key = weight_key(weight)
                 found[key] = found.get(key, True) and weight.op == "placeholder"
     return {name for name, direct in found.items() if direct}

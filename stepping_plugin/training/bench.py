@@ -1,7 +1,7 @@
 """`stepping bench training`: what a training step of all N subnets costs, as ratios measured in one run.
 
-Per model, alternating in one process: a plain step of the original network, the joint step of the nested net (one forward
-and one backward for all subnets, with suppression), and N separate steps, one per standalone subnet.
+Per model, alternating in one process: a plain step of the original network, the joint step of the nested net (one
+forward and one backward for all subnets, with suppression), and N separate steps, one per standalone subnet.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def _case(name: str, pixels: int, batch: int, rounds: int, device: str) -> dict[
                 times[kind].append(1e3 * (time.perf_counter() - start))
     median = {kind: statistics.median(values) for kind, values in times.items()}
     return {
-        "model": name, "img_size": pixels, "batch_size": batch, "subnets": net.num_subnets, "threads": torch.get_num_threads(),
+        "model": name, "img_size": pixels, "batch_size": batch, "subnets": net.num_subnets,
+        "threads": torch.get_num_threads(),
         "device": device, "milliseconds": median, "ratio": {k: v / median["plain"] for k, v in median.items()},
     }  # fmt: skip
 
