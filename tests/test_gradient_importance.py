@@ -80,9 +80,7 @@ def measured(net: SteppingNet, estimator: str, images: Tensor, labels: Tensor, r
     return importance.gradients
 
 
-def by_factors(
-    model: ByHand, net: SteppingNet, units: list[Tensor], images: Tensor, labels: Tensor
-) -> Tensor:
+def by_factors(model: ByHand, net: SteppingNet, units: list[Tensor], images: Tensor, labels: Tensor) -> Tensor:
     """dL_k/dr_j per sample, (N, B, num_units)."""
     result = torch.zeros(N, len(images), net.analysis.num_units, dtype=torch.float64)
     levels = [net.levels[u] for u in units]

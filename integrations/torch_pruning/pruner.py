@@ -177,9 +177,10 @@ class SteppingPruner:
             torch.zeros(analysis.num_units, dtype=torch.float64),
         )
         for weight, (units, _) in analysis.weight_units.items():
-            module: Any = modules.get(weight.removesuffix(".weight"))
-            if not isinstance(module, nn.Module) or not isinstance(module, tuple(root_types)) or not bool((units >= 0).any()):
+            module = modules.get(weight.removesuffix(".weight"))
+            if not isinstance(module, tuple(root_types)) or not bool((units >= 0).any()):
                 continue
+            assert isinstance(module, nn.Module)
             found = _group_scores(graph, module, len(units), importance)
             if found is None:
                 self.notes.append(
@@ -208,7 +209,8 @@ def _dependency_graph(
     except Exception as error:
         raise SteppingError(
             f"torch-pruning cannot build its dependency graph of {type(model).__name__} ({type(error).__name__}: "
-            f"{error}), so its importances cannot be asked. Leave importance out to rank units by the magnitude of their weights."
+            f"{error}), so its importances cannot be asked. Leave importance out to rank units by the magnitude of "
+            "their weights."
         ) from error
     finally:
         for module, training in modes.items():  # build_dependency leaves the model in eval mode

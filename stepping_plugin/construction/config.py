@@ -115,19 +115,13 @@ class ConstructionConfig:
             if not (name == "clip_grad" and value is None) and not (_is_number(value) and fine(value)):
                 problems.append(f"{name}: got {value!r}, expected {expected}")
         if not self._band_is_fine():
-            problems.append(
-                f"band: got {self.band!r}, expected (low, high) with 0 <= low <= 1 <= high, or None"
-            )
+            problems.append(f"band: got {self.band!r}, expected (low, high) with 0 <= low <= 1 <= high, or None")
         return problems
 
     def _band_is_fine(self) -> bool:
         if self.band is None:
             return True
-        if (
-            not isinstance(self.band, (tuple, list))
-            or len(self.band) != 2
-            or not all(map(_is_number, self.band))
-        ):
+        if not isinstance(self.band, (tuple, list)) or len(self.band) != 2 or not all(map(_is_number, self.band)):
             return False
         return 0 <= self.band[0] <= 1 <= self.band[1]
 

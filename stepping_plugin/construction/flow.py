@@ -96,9 +96,7 @@ class Construction:
             self.band = uniform_band(net.analysis, net.macs_model, net.budgets, self.config.band)
         self.evaluator: GradientImportance | None = None
         if self.config.importance in ("per-sample", "per-batch"):
-            self.evaluator = GradientImportance(
-                net, self.config.importance, partial(reduce, reduction="mean")
-            )
+            self.evaluator = GradientImportance(net, self.config.importance, partial(reduce, reduction="mean"))
         self.gradients = torch.zeros(net.num_subnets, net.analysis.num_units, dtype=torch.float64)
         self.pruning = UnstructuredPruning(net, self.config.threshold)
         self.records: list[dict[str, Any]] = []
@@ -110,11 +108,7 @@ class Construction:
         return self.iteration >= self.config.iterations or (met and self.config.flow == "paper")
 
     def run(self, log: Callable[[dict[str, Any]], None] | None = None) -> SteppingNet:
-        """All iterations and the end; returns the net without its spare units, in eval mode.
-
-        Args:
-            log: called with the record of every iteration.
-        """
+        """All iterations, of which `log` gets the records, and the end; returns the net without spare units."""
         for record in self:
             if log is not None:
                 log(record)
@@ -252,9 +246,7 @@ class Construction:
             raise BudgetError(f"{result.notes[-plugs]}. {action}")
         for i, names in cut_off_groups(analysis, result.levels, n).items():
             reason = "no later layer has new units to read them"
-            result.notes.append(
-                f"subnet {i} has new units in {', '.join(names)} that it does not use: {reason}"
-            )
+            result.notes.append(f"subnet {i} has new units in {', '.join(names)} that it does not use: {reason}")
         self._assign(result.levels)
         net.notes += result.notes
         return result

@@ -76,14 +76,10 @@ class Site:
         """Sum z * dL/dz over positions and channels, (batch, num_units)."""
         product = product.movedim(self.axis, 1).flatten(2) if product.dim() > 2 else product.unsqueeze(-1)
         channels = product.sum(2, dtype=_precise(product.device))
-        channels = channels.reshape(batch, -1, channels.shape[1]).sum(
-            1
-        )  # windows or tokens joined with the batch
+        channels = channels.reshape(batch, -1, channels.shape[1]).sum(1)  # windows or tokens joined with the batch
         movable = (self.units >= 0).nonzero().flatten()
         total = channels.new_zeros(batch, num_units)
-        return total.index_add_(
-            1, self.units[movable].to(total.device), channels[:, movable.to(total.device)]
-        )
+        return total.index_add_(1, self.units[movable].to(total.device), channels[:, movable.to(total.device)])
 
 
 def _precise(device: torch.device) -> torch.dtype:
@@ -207,9 +203,7 @@ def find_sites(nested: NestedGraph) -> list[Site]:
     for node in graph.nodes:
         if _makes_units(node, masks):
             readers = _readers(node)
-            normalised = bool(readers) and all(
-                op_name(r) in _NORMS and _units(r) is not None for r in readers
-            )
+            normalised = bool(readers) and all(op_name(r) in _NORMS and _units(r) is not None for r in readers)
             chosen |= readers if normalised else {node}
     return [_site(n) for n in graph.nodes if n in chosen]
 

@@ -27,9 +27,7 @@ def narrowing_band(band: Band, classes: UnitClasses, progress: float) -> Band:
     return Band(band.lower, np.ceil(upper - 1e-9).astype(np.int64), np.zeros_like(band.new))
 
 
-def narrow(
-    levels: Tensor, i: int, band: Band, classes: UnitClasses, scores: Tensor, locked: Tensor
-) -> Tensor:
+def narrow(levels: Tensor, i: int, band: Band, classes: UnitClasses, scores: Tensor, locked: Tensor) -> Tensor:
     """Levels after the least important units have left subnet i wherever a width is above its upper bound.
 
     Args:

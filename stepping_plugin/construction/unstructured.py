@@ -86,9 +86,7 @@ class UnstructuredPruning:
         for name, (outputs, inputs) in sorted(analysis.weight_units.items()):
             if name in direct:
                 yield name, outputs, inputs, layouts[name][1]
-        heads = {
-            x.weight: x.in_units for x in analysis.layers if x.role == Role.HEAD and x.weight is not None
-        }
+        heads = {x.weight: x.in_units for x in analysis.layers if x.role == Role.HEAD and x.weight is not None}
         for head, inputs in heads.items():
             yield head, None, inputs, False
 

@@ -53,13 +53,9 @@ def widen(model: nn.Module, analysis: Analysis, factor: float, seed: int = 0, no
         SteppingError: factor below 1, or noise that would make a share 0 or less.
     """
     if not (math.isfinite(factor) and factor >= 1):
-        raise SteppingError(
-            explain("out of range", where="expansion", got=factor, expected="a factor of at least 1")
-        )
+        raise SteppingError(explain("out of range", where="expansion", got=factor, expected="a factor of at least 1"))
     if not 0 <= noise < 1:
-        raise SteppingError(
-            explain("out of range", where="noise", got=noise, expected="a number from 0 up to 1")
-        )
+        raise SteppingError(explain("out of range", where="noise", got=noise, expected="a number from 0 up to 1"))
     generator = torch.Generator().manual_seed(seed)
     copies, notes = copies_for(analysis, factor, generator)
     wide, slices = restrict(analysis, copies)

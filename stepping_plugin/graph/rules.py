@@ -252,7 +252,7 @@ def reduction(labels: Labels, node: fx.Node) -> Tensor | None:
     labels.role.pop(node, None)
     if any(label.shape[d] > 1 for d in dims):
         varying = [d for d in range(rank) if label.shape[d] > 1]
-        if name in PREFIX_REDUCTIONS and len(varying) == 1 and labels.units_after_merge(label, dims) <= 1:
+        if _has_prefix_form(node) and len(varying) == 1 and labels.units_after_merge(label, dims) <= 1:
             labels.role[node] = Role.PREFIX_REDUCE
             labels.per_level.add(node)
             return free(node)
@@ -261,6 +261,12 @@ def reduction(labels: Labels, node: fx.Node) -> Tensor | None:
         for d in sorted(dims, reverse=True):
             label = label.squeeze(d)
     return label
+
+
+def _has_prefix_form(node: fx.Node) -> bool:
+    """Means, extremes, variances and L2 norms have one; other norms join the units."""
+    name = op_name(node)
+    return name in PREFIX_REDUCTIONS and not (name == "linalg_vector_norm" and call_arg(node, "ord", 2) != 2)
 
 
 def reduced_axes(node: fx.Node) -> list[int]:

@@ -12,16 +12,6 @@ from torch import Tensor
 __all__ = ["accumulate_head", "pick_levels", "prefix_norm", "prefix_reduce", "prefix_taps", "tap_neighbours"]
 
 
-def _membership(levels: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """(C, n): 1 where a channel has that level. Spare channels have none."""
-    return (levels[:, None] == torch.arange(1, n + 1, device=levels.device)).to(dtype)
-
-
-def _per_channel(per_level: Tensor, levels: Tensor) -> Tensor:
-    """(..., n) -> (..., C): what each channel reads, its own level's entry (spare channels: the last one)."""
-    return per_level.index_select(-1, (levels - 1).clamp(max=per_level.shape[-1] - 1))
-
-
 def prefix_norm(
     x: Tensor,
     levels: Tensor,
@@ -35,8 +25,9 @@ def prefix_norm(
 ) -> Tensor:
     """Layer norm (or RMS norm) in which a channel of level s uses the statistics of the channels of level <= s.
 
-    The statistics of the levels are merged from counts, means and squared deviations, not from raw sums of squares,
-    so that they keep their precision.
+    Sums per level are products with a membership matrix, and the normalisation is one multiply-add, so that the cost
+    stays near that of an ordinary norm. Values are first shifted by the mean of the level-1 channels, which keeps
+    mean square minus squared mean precise.
 
     Args:
         x: any shape; normalised over `axes`, which include `channel_axis`.
@@ -44,7 +35,7 @@ def prefix_norm(
         n: number of subnets.
         axes: non-negative normalised axes.
         channel_axis: the axis that carries the units.
-        weight, bias: None or broadcastable to x.
+        weight, bias: None, or C values, or broadcastable to x.
         eps: added to the variance.
         centred: False for RMS norm.
     """
@@ -53,30 +44,26 @@ def prefix_norm(
         x = x.float()
     y = x.movedim(channel_axis, -1)
     others = [a if a < channel_axis else a - 1 for a in axes if a != channel_axis]
-    members = _membership(levels, n, y.dtype)
-    spread = 1
-    for a in others:
-        spread *= y.shape[a]
-    count = members.sum(0) * spread
+    members = (levels[:, None] == torch.arange(1, n + 1, device=levels.device)).to(y.dtype)  # (C, n), spare: none
+    count = members.sum(0) * _spread(x, axes, channel_axis)
     reach = count.cumsum(0).clamp(min=1)
 
-    def total(values: Tensor) -> Tensor:
-        summed = values @ members
+    def total(values: Tensor, of: Tensor) -> Tensor:
+        summed = values @ of
         return summed.sum(others, keepdim=True) if others else summed
 
     if centred:
-        sums = total(y)
-        mean = sums / count.clamp(min=1)
-        prefix_mean = sums.cumsum(-1) / reach
-        deviation = total((y - _per_channel(mean, levels)).square())
-        gap = mean.unsqueeze(-2) - prefix_mean.unsqueeze(-1)  # (..., n prefix, n level)
-        inside = torch.ones(n, n, dtype=y.dtype, device=y.device).tril()
-        squares = deviation.cumsum(-1) + (gap.square() * (count * inside)).sum(-1)
-        y = y - _per_channel(prefix_mean, levels)
-    else:
-        squares = total(y.square()).cumsum(-1)
-    scale = torch.rsqrt(squares / reach + eps)
-    result = (y * _per_channel(scale, levels)).movedim(-1, channel_axis)
+        y = y - total(y, members[:, :1]) / count[:1].clamp(min=1)
+    squares = total(y.square(), members).cumsum(-1) / reach
+    shift = total(y, members).cumsum(-1) / reach if centred else torch.zeros_like(squares)
+    scale = torch.rsqrt(squares - shift.square() + eps)
+    reads = torch.nn.functional.one_hot((levels - 1).clamp(max=n - 1), n).to(y.dtype).t()  # (n, C): whose statistics
+    if weight is not None and weight.numel() == len(levels):
+        reads, weight = reads * weight.flatten(), None
+    offset = (-shift * scale) @ reads
+    if weight is None and bias is not None and bias.numel() == len(levels):
+        offset, bias = offset + bias.flatten(), None
+    result = torch.addcmul(offset, y, scale @ reads).movedim(-1, channel_axis)
     if weight is not None:
         result = result * weight
     if bias is not None:
