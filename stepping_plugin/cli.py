@@ -64,6 +64,21 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--device", default="cpu")
     training.add_argument("--json", action="store_true", help="print JSON")
     training.set_defaults(command=_bench_training)
+    engine = bench.add_parser("engine", help="the steps against the dense model and subnets from scratch")
+    engine.add_argument("models", nargs="*", metavar="MODEL", help="timm names; default: five common ones")
+    engine.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (1 8)")
+    engine.add_argument("--subnets", type=int, default=4, help="subnets of equal width shares (4)")
+    engine.add_argument("--turns", type=int, default=15, help="runs of everything; medians count (15)")
+    engine.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    engine.add_argument("--compile", action="store_true", help="through torch.compile")
+    engine.add_argument("--json", action="store_true", help="print JSON")
+    engine.set_defaults(command=_bench_engine)
+    export = commands.add_parser("export", help="write the step programs of a net as torch.export or ONNX files")
+    export.add_argument("run", metavar="RUN", help="folder of `stepping run`, or a net.safetensors file")
+    export.add_argument("--format", choices=("torch", "onnx"), default="torch", help="kind of files (torch)")
+    export.add_argument("--output", metavar="DIR", help="where to; default: export-FORMAT beside the net")
+    export.add_argument("--batch-size", type=int, help="fix the batch size; default: any")
+    export.set_defaults(command=_export)
     validate.set_defaults(command=_validate)
     return parser
 
@@ -119,6 +134,45 @@ def _bench_training(arguments: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
     else:
         Console(soft_wrap=True).print(training_table(rows))
+    return 0
+
+
+def _bench_engine(arguments: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from .engine.bench import MODELS, bench_engine, bench_table
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    models = {name: build_model(name) for name in arguments.models or MODELS}
+    report = bench_engine(
+        models,
+        arguments.batch,
+        num_subnets=arguments.subnets,
+        turns=arguments.turns,
+        compile=arguments.compile,
+        progress=lambda text: print(text, file=sys.stderr),
+    )
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        Console(soft_wrap=True).print(bench_table(report))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from .serialization import load
+
+    source = Path(arguments.run)
+    if source.is_dir():
+        source = source / "net.safetensors"
+    folder = Path(arguments.output or source.parent / f"export-{arguments.format}")
+    manifest = load(source).deploy().export(folder, arguments.format, arguments.batch_size)
+    for note in manifest["notes"]:
+        print(note)
+    files = ", ".join(step["file"] for step in manifest["steps"])
+    print(f"{folder}: {files}, manifest.json (batch size: {manifest['batch']})")
     return 0
 
 

@@ -86,9 +86,7 @@ def start(folder: Path, rank: int, port: int) -> subprocess.Popen:
     environment = {**os.environ, **{name: str(value) for name, value in names.items()}}
     environment.update(MASTER_ADDR="127.0.0.1", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     command = [sys.executable, str(folder / "script.py"), str(folder)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")

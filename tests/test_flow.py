@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -279,6 +280,18 @@ def test_sequential_updates_train_other_weights_than_joint_ones():
     assert float((states[0] - states[1]).abs().max()) > 1e-4
 
 
+def test_mixed_precision_finds_nearly_the_same_importance():
+    found = []
+    for amp in (False, True):
+        torch.manual_seed(0)
+        run = construction(importance="per-sample", importance_batches=3, amp=amp, iterations=2)
+        run.net.model.drop.p = 0.0
+        run.step()
+        found.append(run.gradients)
+    assert not torch.equal(*found)
+    assert float(torch.corrcoef(torch.stack(found).flatten(1))[0, 1]) > 0.99
+
+
 def test_spare_units_keep_their_importance():
     run = construction(shares=(0.1, 0.2), importance="per-sample", iterations=2, batches=1)
     run.step()
@@ -400,18 +413,19 @@ def test_the_recipes_section_is_understood():
 SCRIPT = """
 import os, sys
 import torch
-import test_flow
 from torch import nn
-from stepping_plugin.construction.flow import Construction
 from stepping_plugin.construction.config import ConstructionConfig
+from stepping_plugin.construction.flow import Construction
 from stepping_plugin.construction.start import start_network
 from stepping_plugin.macs import MacModel
 from stepping_plugin.training.checkpoint import save_checkpoint
+from stepping_plugin.training.loader import EpochLoader, TensorSet
 from stepping_plugin.units import analyse
 
-world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+folder, world, rank = sys.argv[1], int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 torch.set_num_threads(1)
 torch.manual_seed(0)
+data = TensorSet(torch.randint(0, 256, (48, 1, 6, 6), dtype=torch.uint8), torch.arange(48) % 4, (0.5,), (0.25,))
 layers = nn.Conv2d(1, 12, 3), nn.Tanh(), nn.Conv2d(12, 12, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4)
 model = nn.Sequential(*layers).double()
 analysis = analyse(model, (1, 6, 6))
@@ -419,29 +433,32 @@ total = MacModel(analysis).total
 for estimator in ("per-sample", "per-batch"):
     config = ConstructionConfig(importance=estimator, batches=3, iterations=3, expansion=1.5, noise=0.3)
     net = start_network(model, analysis, [int(total * share) for share in (0.2, 0.5, 0.8)], config, total)
-    run = Construction(net, test_flow.loader(world, rank), config, device="cpu")
+    loader = EpochLoader(data, 16 // world, train=True, seed=3, rank=rank, world=world)
+    run = Construction(net, loader, config, device="cpu")
     list(run)
     run.finish()
-    save_checkpoint(f"{sys.argv[1]}/{estimator}-{world}-{rank}", {"gradients": run.gradients, "net": net.state_dict()})
+    save_checkpoint(f"{folder}/{estimator}-{world}-{rank}", {"gradients": run.gradients, "net": net.state_dict()})
 if world > 1:
     torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_construct_what_one_does(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+def test_two_processes_construct_what_one_does(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    here = Path(__file__).parent
-    base = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
-    running = [subprocess.Popen(command, env=base, stderr=subprocess.PIPE, text=True)]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    running = []
     for rank in ("0", "1"):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
-        environment = {**base, **names, "MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
+        command = [sys.executable, str(script), str(tmp_path)]
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
+        monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
+        runpy.run_path(str(script))  # one process: this one
         errors = [process.communicate(timeout=240)[1] for process in running]
     finally:
         for process in running:

@@ -35,9 +35,7 @@ def test_cross_entropy_is_that_of_every_subnet(soft, smoothing):
     scores, labels = scores_and_labels()
     target = torch.rand(B, C, dtype=torch.float64).softmax(-1) if soft else labels
     expected = [F.cross_entropy(s, target, label_smoothing=smoothing) for s in scores]
-    torch.testing.assert_close(
-        cross_entropy(scores, target, smoothing), torch.stack(expected), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(cross_entropy(scores, target, smoothing), torch.stack(expected), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -84,9 +82,7 @@ def test_subnet_loss_mixes_both_terms_and_without_a_teacher_ignores_gamma():
     torch.testing.assert_close(loss(scores, labels, teacher), 0.4 * hard + 0.6 * soft)
     torch.testing.assert_close(loss(scores, labels), hard)
     weighted = SubnetLoss(smoothing=0.1, weights=[1, 2, 0.5])
-    torch.testing.assert_close(
-        weighted(scores, labels), hard * torch.tensor([1, 2, 0.5], dtype=torch.float64)
-    )
+    torch.testing.assert_close(weighted(scores, labels), hard * torch.tensor([1, 2, 0.5], dtype=torch.float64))
 
 
 def test_in_place_distillation_leaves_the_largest_subnet_to_its_labels():
@@ -177,9 +173,7 @@ def random_net(kind: str, n: int) -> SteppingNet:
     levels = torch.randint(1, n + 2, (analysis.num_units,))
     for group in analysis.groups:
         levels[group.units[:2]] = 1
-        if (
-            len(group.units) == 2
-        ):  # attention heads: one of level 2, so that no token channel of level 2 is idle
+        if len(group.units) == 2:  # attention heads: one of level 2, so that no token channel of level 2 is idle
             levels[group.units[1]] = 2
     return SteppingNet(copy.deepcopy(model), analysis, levels, [1] * n, 1).train()
 
@@ -281,9 +275,7 @@ def test_adam_undoes_a_gradient_factor_and_takes_a_scaled_step():
     for name in start:  # Adam's first step is lr * sign(gradient)
         moved = sum(g[name].abs() for g in separate) > 0
         level = first_use(separate, name)[moved]
-        torch.testing.assert_close(
-            lengths["gradient"][name][moved], torch.full_like(level, lr), rtol=1e-9, atol=0
-        )
+        torch.testing.assert_close(lengths["gradient"][name][moved], torch.full_like(level, lr), rtol=1e-9, atol=0)
         expected = lr * mean_factor(level, n, beta)
         torch.testing.assert_close(lengths["auto"][name][moved], expected, rtol=1e-9, atol=0)
         checked += len(level)

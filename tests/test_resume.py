@@ -149,9 +149,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 @pytest.mark.parametrize("number", range(len(KINDS)), ids=KINDS)
 def test_killed_runs_end_with_the_same_bits(number, folder):
-    assert (
-        json.loads((folder / "killed.json").read_text())[number] >= 2
-    )  # later ones may find nothing left to do
+    assert json.loads((folder / "killed.json").read_text())[number] >= 2  # later ones may find nothing left to do
     whole, killed = (load_checkpoint(folder / f"{run}{number}" / CHECKPOINT) for run in ("whole", "killed"))
     assert whole["epoch"] == 4 and whole["trainer"]["updates"] in (12, 24)
     assert differences(whole, killed) == []

@@ -205,6 +205,8 @@ def test_halves_of_a_gated_unit_move_together():
     net = Net(gate, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(4, 5, 1))
     expected = same(("a", OUT, range(4)), ("a", OUT, range(4, 8)), ("b", IN, range(4)))
     assert_partition(couplings_of(net, IMAGE), expected)
+    net = Net(gate, a=nn.Conv2d(3, 8, 1), b=nn.Identity())  # they meet, though no layer reads them
+    assert_partition(couplings_of(net, IMAGE), same(("a", OUT, range(4)), ("a", OUT, range(4, 8))))
 
 
 def test_module_called_twice_has_one_set_of_channels():
@@ -305,6 +307,19 @@ def test_mapping_that_raises_is_set_aside():
     assert found == set() and "ZeroDivisionError" in reasons
 
 
+def test_no_verdict_before_both_layers_have_been_asked():
+    """What is wrong between a one-channel map and four channels shows from the side of the four only."""
+    a, operator, b = state("a", 1), state("op", None), state("b", 4)
+    connect(a, operator, [], [])
+    connect(operator, b, [], [])
+    assert ties(walked(a, b), a, b) == set()
+    walk = Walk(deadline=float("inf"))
+    walk.layers = [a, b]
+    assert walk._explore(a) and walk.relations[a, b]
+    walk.explored.add(a)
+    assert walk._accepted() == []
+
+
 def test_mappings_that_feed_on_each_other_end():
     a, one, two, b = state("a", 4), state("one", None), state("two", None), state("b", 4)
     connect(a, b, [], [])
@@ -312,6 +327,17 @@ def test_mappings_that_feed_on_each_other_end():
     connect(one, two, [], [])
     stretch = [index_mapping._FlattenIndexMapping(stride=2, reverse=reverse) for reverse in (False, True)]
     connect(two, one, stretch[:1], stretch[1:])
+    walk = walked(a, b)
+    assert ties(walk, a, b) == set() and "grow without end" in " ".join(walk.reasons)
+
+
+def test_news_at_one_operator_again_and_again_is_no_coupling():
+    a, one, two, b = state("a", 4), state("one", None), state("two", None), state("b", 4)
+    connect(a, b, [], [])
+    connect(a, one, [], [])
+    connect(one, two, [], [])
+    back = Mapping(lambda i: [i - 1] if 0 < i < 30 else [])  # an offset at every turn, within all bounds
+    connect(two, one, [Mapping(lambda i: [i + 1] if i < 29 else [])], [back])
     walk = walked(a, b)
     assert ties(walk, a, b) == set() and "grow without end" in " ".join(walk.reasons)
 
@@ -378,29 +404,55 @@ def test_caller_and_model_are_left_alone():
     expected = partition(toolkit_couplings(model, (x,)))
     model.train().requires_grad_(False)
     model.bn1.eval()
-    model.conv_stem.weight.requires_grad_(True)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [part.training for part in model.modules()]
-    grads = [p.requires_grad for p in model.parameters()]
     random_state = torch.get_rng_state()
     with torch.no_grad():
         assert partition(toolkit_couplings(model, (x,))) == expected
     with torch.inference_mode():
         assert partition(toolkit_couplings(model, x)) == expected  # a single tensor is one argument
     assert [part.training for part in model.modules()] == modes
-    assert [p.requires_grad for p in model.parameters()] == grads
-    assert all(p.grad is None for p in model.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_cached_tensors_with_history_do_not_hinder():
-    model, x = timm_model("levit_128s")
+@pytest.mark.parametrize("name", ["levit_128s", "efficientformer_l1"])
+def test_cached_tensors_with_history_do_not_hinder(name):
+    model, x = timm_model(name)
     fresh = toolkit_couplings(model, (x,))
-    model(x)  # in eval mode LeViT keeps its attention biases, which deepcopy refuses
+    model(x)  # in eval mode these keep their attention biases, which deepcopy refuses
     used = toolkit_couplings(model, (x,))
     assert fresh.error is None and fresh.set_aside == used.set_aside
     assert partition(fresh) == partition(used)
+
+
+def test_caches_of_inference_do_not_hide_the_layers_behind_them():
+    class Position(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.project, self.ready = nn.Parameter(torch.randn(36, 2)), nn.Linear(2, 6), None
+
+        def train(self, mode=True):
+            self.ready = None if mode else self.ready
+            return super().train(mode)
+
+        def forward(self, x):
+            if self.ready is None or self.training:
+                self.ready = self.project(self.table)
+            return x + self.ready
+
+    net = Net(
+        lambda m, x: m.b(m.position(m.a(x).flatten(2).mT)),
+        a=nn.Conv2d(3, 6, 1),
+        position=Position(),
+        b=nn.Linear(6, 5),
+    ).eval()
+    expected = same(("a", OUT, range(6)), ("position.project", OUT, range(6)), ("b", IN, range(6)))
+    for _ in range(2):
+        assert_partition(couplings_of(net, IMAGE), expected)
+        net(IMAGE)
+        assert net.position.ready.grad_fn is not None
 
 
 def test_model_that_raises_is_reported():
@@ -410,6 +462,8 @@ def test_model_that_raises_is_reported():
     report = toolkit_couplings(Net(fail, a=nn.Conv2d(3, 3, 1)), (IMAGE,))
     assert not report.finished and "ValueError: planted" in report.error
     assert report.modules == [] and partition(report) == []
+    report = toolkit_couplings(nn.Conv2d(4, 3, 1), (IMAGE,))  # the error of the call itself, not of a retry
+    assert not report.finished and "channels" in report.error
 
 
 def test_code_that_does_not_end_is_stopped(monkeypatch):

@@ -81,7 +81,7 @@ def toolkit_couplings(
         walk = Walk(deadline=start + 0.95 * time_limit)  # ends by itself, with what it has
         twin = _traceable_copy(model)
         graph = tp.DependencyGraph()
-        # forward_fn: left alone, the toolkit unpacks a tensor along its batch and retries after any error.
+        # forward_fn: left alone, the toolkit retries after any error, with the tuple as the one argument.
         graph.build_dependency(twin, example_inputs=inputs, forward_fn=lambda m, x: m(*x), verbose=False)
         walk.prepare(graph)
         walk.run()

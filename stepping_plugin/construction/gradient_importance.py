@@ -64,8 +64,8 @@ class Site:
     bias_axis: int | None
 
     def weighted_input(self, output: Tensor, bias: Tensor | None) -> Tensor:
-        """z, detached."""
-        output = output.detach()
+        """z, detached, in float32 or better."""
+        output = output.detach().to(torch.promote_types(output.dtype, torch.float32))
         if bias is None:
             return output
         if self.bias_axis is not None:

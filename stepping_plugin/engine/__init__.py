@@ -3,6 +3,7 @@
 from .emit import StepProgram
 from .engine import Engine, Prediction, compile_engine
 from .exit import entropy, margin, max_probability
+from .files import load_engine
 from .session import Session
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "StepProgram",
     "compile_engine",
     "entropy",
+    "load_engine",
     "margin",
     "max_probability",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,6 +172,22 @@ class Engine:
                 times[level].append(time.perf_counter() - began)
                 began = time.perf_counter()
         return [sorted(t)[len(t) // 2] for t in times]
+
+    # ------------------------------------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the engine to one file (tensors and JSON, no pickle); read it with `engine.load_engine`."""
+        from .files import save_engine
+
+        save_engine(self, path)
+
+    def export(
+        self, folder: str | os.PathLike[str], format: str = "torch", batch_size: int | None = None
+    ) -> dict[str, Any]:
+        """Write one `torch.export` or ONNX file per step and a manifest, see `export.export_engine`."""
+        from .export import export_engine
+
+        return export_engine(self, folder, format, batch_size)
 
     def _check(self, x: Any) -> None:
         shape = f"(B, {', '.join(map(str, self.image_size))})"

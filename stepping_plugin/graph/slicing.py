@@ -163,18 +163,7 @@ class _Slicer(Operands):
         return batch_expression(self.graph, self.result.image, self.batches, factor)
 
     def _select(self, value: fx.Node, axis: int, index: Tensor) -> fx.Node:
-        name = f"index.{len(self.result.constants)}"
-        self.result.constants[name] = index
-        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
-        with self.graph.inserting_after(last):
-            constant = self.graph.placeholder(f"index_{len(self.result.constants)}")
-        constant.meta = {
-            "tensor": name,
-            "static": True,
-            "shape": tuple(index.shape),
-            "dtype": index.dtype,
-            "value": index,
-        }
+        constant = _index_constant(self.result, index)
         created = self.graph.call_function(aten.index_select.default, (value, axis, constant))
         shape = list(value.meta["shape"])
         shape[axis] = len(index)
@@ -234,21 +223,21 @@ def _fold_parameter_slices(programs: dict[bool, Program]) -> dict[str, Parameter
 def _lowered(program: Program, node: fx.Node) -> fx.Node:
     value: fx.Node = node.args[0]  # type: ignore[assignment]
     for axis, index in node.args[1]:  # type: ignore[union-attr]
-        name = f"index.{len(program.constants)}"
-        program.constants[name] = torch.tensor(index)
-        last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
-        with program.graph.inserting_after(last):
-            constant = program.graph.placeholder(f"index_{len(program.constants)}")
-        constant.meta = {
-            "tensor": name,
-            "static": True,
-            "shape": (len(index),),
-            "dtype": torch.int64,
-            "value": torch.tensor(index),
-        }
+        constant = _index_constant(program, torch.tensor(index))
         with program.graph.inserting_before(node):
             shape = list(value.meta["shape"])
             shape[axis] = len(index)
             value = program.graph.call_function(aten.index_select.default, (value, axis, constant))
             value.meta = {**node.meta, "shape": tuple(shape)}
     return value
+
+
+def _index_constant(program: Program, index: Tensor) -> fx.Node:
+    """A new constant of the program that holds positions along an axis."""
+    name = f"index.{len(program.constants)}"
+    program.constants[name] = index
+    last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
+    with program.graph.inserting_after(last):
+        constant = program.graph.placeholder(name.replace(".", "_"))
+    constant.meta = {"tensor": name, "static": True, "shape": tuple(index.shape), "dtype": index.dtype, "value": index}
+    return constant

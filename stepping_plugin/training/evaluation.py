@@ -28,9 +28,7 @@ class AllScores(nn.Module):
         scores = self.net(images)
         if not isinstance(scores, Tensor) or scores.dim() != 2:
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise SteppingError(
-                explain("the model is no classifier", got=got, expected="class scores (B, C)")
-            )
+            raise SteppingError(explain("the model is no classifier", got=got, expected="class scores (B, C)"))
         return scores.unsqueeze(0)
 
 
@@ -63,8 +61,6 @@ def evaluate(net: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[st
     finally:
         net.train(mode)
     if sums is None:
-        raise SteppingError(
-            "the validation loader gives no batch. Check the data set, or leave val_loader out."
-        )
+        raise SteppingError("the validation loader gives no batch. Check the data set, or leave val_loader out.")
     correct, loss, count = reduce(sums, "sum")
     return {"accuracy": (correct / count).tolist(), "loss": (loss / count).tolist()}

@@ -52,9 +52,9 @@ class History:
     """One record per epoch.
 
     Attributes:
-        epochs: dicts with epoch (from 1), updates, lr, train_loss, seconds and, with a validation loader,
-            accuracy
-            and val_loss. Losses and accuracies (shares in [0, 1]) are lists with one number per subnet.
+        epochs: dicts with epoch (from 1), updates, lr (of the last update), train_loss, seconds and, with a
+            validation loader, accuracy and val_loss. Losses and accuracies (shares in [0, 1]) are lists with one
+            number per subnet.
     """
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
@@ -244,8 +244,7 @@ class _Run:
 
     def _close_epoch(self, losses: Tensor, began: float) -> None:
         trainer = self.trainer
-        record: dict[str, Any] = {"epoch": self.epoch + 1, "updates": trainer.updates}
-        record["lr"] = trainer.optimizer.param_groups[0]["lr"]
+        record: dict[str, Any] = {"epoch": self.epoch + 1, "updates": trainer.updates, "lr": trainer.lr}
         record["train_loss"] = reduce(losses, "mean").tolist()
         trainer.end_epoch(self.epoch + 1)
         self._assert_good()

@@ -104,17 +104,13 @@ class SubnetLoss:
         }
         for name, (fine, expected) in bounds.items():
             if not fine:
-                raise SteppingError(
-                    explain("out of range", where=name, got=getattr(self, name), expected=expected)
-                )
+                raise SteppingError(explain("out of range", where=name, got=getattr(self, name), expected=expected))
 
     def __call__(self, scores: Tensor, target: Tensor, teacher_scores: Tensor | None = None) -> Tensor:
         losses = cross_entropy(scores, target, self.smoothing)
         if self.from_largest:
             if teacher_scores is not None:
-                raise SteppingError(
-                    "from_largest: the largest subnet is the teacher; pass no teacher scores."
-                )
+                raise SteppingError("from_largest: the largest subnet is the teacher; pass no teacher scores.")
             shared = distillation(scores[:-1], scores[-1], self.temperature)
             losses = torch.cat([self.gamma * losses[:-1] + (1 - self.gamma) * shared, losses[-1:]])
         elif teacher_scores is not None:
@@ -125,9 +121,7 @@ class SubnetLoss:
             return losses
         if len(self.weights) != len(losses):
             expected = f"{len(losses)} numbers"
-            raise SteppingError(
-                explain("wrong number of subnet weights", got=list(self.weights), expected=expected)
-            )
+            raise SteppingError(explain("wrong number of subnet weights", got=list(self.weights), expected=expected))
         return losses * losses.new_tensor(self.weights)
 
 

@@ -80,9 +80,7 @@ class Suppression:
             raise SteppingError(explain("out of range", where="beta", got=beta, expected=expected))
         if mode not in MODES or (mode == "auto" and optimizer is None):
             expected = 'mode "gradient" or "step", or mode "auto" with an optimizer'
-            raise SteppingError(
-                explain("cannot choose how to suppress", got=f"mode {mode!r}", expected=expected)
-            )
+            raise SteppingError(explain("cannot choose how to suppress", got=f"mode {mode!r}", expected=expected))
         self.net, self.beta = net, float(beta)
         self.mode = mode if optimizer is None or mode != "auto" else _suitable_mode(optimizer)
         units = parameter_units(net)
@@ -118,7 +116,7 @@ class Suppression:
         yield
         with torch.no_grad():
             for (p, factor), old in zip(scaled, before):
-                p.copy_(torch.lerp(old, p, factor))  # lerp: a factor of 1 changes no bit
+                torch.lerp(old, p, factor, out=p)  # lerp: a factor of 1 changes no bit
 
     # --- Factors
 

@@ -146,6 +146,7 @@ class Trainer:
         if config.model_ema:  # a copy of what DDP has made equal on all processes
             self.ema = ModelEmaV3(net, config.model_ema_decay, use_warmup=config.model_ema_warmup)
         self.updates = 0
+        self.lr = config.lr  # of the last update
 
     def _wrapped(self) -> Callable[[Tensor], Tensor]:
         scores: nn.Module = AllScores(self.net)
@@ -182,6 +183,7 @@ class Trainer:
                 total[subnet - 1] = losses[subnet - 1]
         assert total is not None
         self.updates += 1
+        self.lr = self.optimizer.param_groups[0]["lr"]
         if self.scheduler is not None:
             self.scheduler.step_update(self.updates)
         if self.ema is not None:
@@ -193,9 +195,7 @@ class Trainer:
         images = images.to(self.device, kind, non_blocking=True, memory_format=self.layout)
         target = target.to(self.device, non_blocking=True)
         if len(images) == 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.net.modules()):
-            action = (
-                "Use batch_size >= 2 per process, and drop_last=True if only the last batch is that small."
-            )
+            action = "Use batch_size >= 2 per process, and drop_last=True if only the last batch is that small."
             raise SteppingError(explain("batch norm cannot learn from a batch of one image", action=action))
         return self.mixup(images, target) if self.mixup is not None else (images, target)
 
@@ -210,9 +210,7 @@ class Trainer:
         """Gradients are exchanged once per update, with the last batch."""
         return self._ddp.no_sync() if self._ddp is not None and more else contextlib.nullcontext()
 
-    def _backward(
-        self, images: Tensor, target: Tensor, guide: Tensor | None, subnet: int | None, count: int
-    ) -> Tensor:
+    def _backward(self, images: Tensor, target: Tensor, guide: Tensor | None, subnet: int | None, count: int) -> Tensor:
         """Add a batch's gradient, of all subnets or of one; returns the losses."""
         with self._autocast():
             scores = self.scores(images)
@@ -295,6 +293,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "updates": self.updates,
+            "lr": self.lr,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -314,7 +313,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        self.updates = state["updates"]
+        self.updates, self.lr = state["updates"], state["lr"]
 
 
 def assert_same_levels(net: SteppingNet) -> None:
@@ -331,9 +330,7 @@ def assert_same_levels(net: SteppingNet) -> None:
         )
 
 
-def _schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int
-) -> tuple[Any, int]:
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> tuple[Any, int]:
     """timm's scheduler (None for sched="none") and the number of epochs, cooldown included."""
     return create_scheduler_v2(
         optimizer,

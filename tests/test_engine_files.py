@@ -1,0 +1,261 @@
+"""Engines as files and as exported programs: what is read back computes the same, and nothing else is read."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from nets import images, make, nested, relative
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from stepping_plugin.cli import main
+from stepping_plugin.engine import compile_engine, load_engine
+from stepping_plugin.engine.export import plain_programs
+from stepping_plugin.engine.files import find_operator
+from stepping_plugin.errors import CheckpointError, SteppingError
+
+MODELS = ("test_resnet", "test_vit")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def engine(request):
+    """An engine of two subnets in float32; not to be changed."""
+    return compile_engine(nested(make(request.param).float(), n=2, seed=1).eval())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved engine."""
+    path = tmp_path_factory.mktemp("engine") / "engine.safetensors"
+    compile_engine(nested(make("test_resnet").float(), n=2, seed=1).eval()).save(path)
+    return path
+
+
+def batch(engine, size):
+    return images(engine.image_size, size).to(engine.dtype)
+
+
+def chain(manifest, x, run):
+    """Scores of all subnets from exported steps, moving caches about as the manifest says."""
+    caches, scores = {"image": x}, []
+    for step in manifest["steps"]:
+        for entry in step["inputs"]:
+            assert matches(entry["shape"], caches[entry["cache"]].shape, len(x)), entry
+        results = run(step, [caches[entry["cache"]] for entry in step["inputs"]])
+        for entry, result in zip(step["outputs"], results, strict=True):
+            assert matches(entry["shape"], result.shape, len(x)), entry
+            assert str(result.dtype) == f"torch.{entry['dtype']}"
+            caches[entry["cache"]] = result
+        for name in step["drop"]:
+            del caches[name]
+        scores.append(caches["scores"])
+    return scores
+
+
+def matches(described, shape, size):
+    known = [eval(s, {"batch": size}) if isinstance(s, str) else s for s in described]
+    return known == list(shape)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_a_loaded_engine_computes_the_same_bits(engine, tmp_path):
+    path = tmp_path / "folder" / "engine.safetensors"
+    engine.save(path)
+    loaded = load_engine(path)
+    assert loaded.macs == engine.macs and loaded.cache_axes == engine.cache_axes
+    assert [p.released for p in loaded.programs] == [p.released for p in engine.programs]
+    for size in (1, 3):
+        x = batch(engine, size)
+        for ours, theirs in zip(engine.steps(x), loaded.steps(x), strict=True):
+            assert torch.equal(ours, theirs)
+    session = loaded.start(batch(engine, 3))
+    session.keep(torch.tensor([True, False, True]))
+    assert relative(session.step(), list(engine.steps(batch(engine, 3)))[-1][[0, 2]]) < 1e-5
+    again = tmp_path / "again.safetensors"
+    loaded.save(again)  # in place of a file, and from a loaded engine
+    loaded.save(again)
+    assert load_file(again).keys() == load_file(path).keys()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_loading_needs_no_model_library(saved):
+    code = (
+        "import sys, torch; from stepping_plugin.engine import load_engine; "
+        f"engine = load_engine({str(saved)!r}); "
+        "scores = list(engine.steps(torch.zeros(1, *engine.image_size))); "
+        "print(len(scores), [m for m in ('timm', 'torchvision', 'torch_pruning') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["2", "[]"]
+
+
+def test_missing_truncated_and_foreign_files_are_refused(saved, tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_engine(tmp_path / "nothing")
+    whole = saved.read_bytes()
+    for size in (0, 5, 1000, len(whole) - 1):
+        (tmp_path / "cut").write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="damaged or not a safetensors file"):
+            load_engine(tmp_path / "cut")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "foreign")
+    with pytest.raises(CheckpointError, match=r"not one that Engine\.save wrote"):
+        load_engine(tmp_path / "foreign")
+    nested(make("test_resnet").float(), n=2, seed=1).save(tmp_path / "net")
+    with pytest.raises(CheckpointError, match="holds a net, not an engine"):
+        load_engine(tmp_path / "net")
+
+
+def change(header, what):
+    """Plant one defect in the description of an engine."""
+    first = header["programs"][0]
+    call = next(n for n in first["nodes"] if n["op"] == "call_function")
+    constant = next(n for n in first["nodes"] if n["op"] == "get_attr")
+    match what:
+        case "version":
+            header["version"] = 99
+        case "operator" | "mutating" | "python" | "kernel":
+            call["target"] = {"operator": "aten.from_file", "mutating": "aten.relu_", "python": "os.system",
+                              "kernel": "kernels.math.exp"}[what]  # fmt: skip
+        case "method":
+            call["op"] = "call_method"
+        case "keyword":
+            call["kwargs"] = {"x=print('run'), y": 1}
+        case "constant":
+            constant["target"] = "t0; print('run')"
+        case "missing constant":
+            constant["target"] = "t999999"
+        case "node":
+            call["args"] = [{"node": 10**6}]
+        case "argument":
+            call["args"] = [{"eval": "1"}]
+        case "steps":
+            header["programs"].reverse()
+        case "macs":
+            first["macs"] += 1
+        case "caches":
+            header["programs"][1]["inputs"][0] = "unknown"
+        case "outputs":
+            first["outputs"].pop()
+        case "programs":
+            header["programs"] = {}
+        case "dtype":
+            header["dtype"] = "load"
+
+
+DEFECTS = {
+    "version": "unknown version",
+    "operator": r"step 1: operator that engine files may not call; got aten\.from_file",
+    "mutating": r"may not call; got aten\.relu_",
+    "python": r"may not call; got os\.system",
+    "kernel": "may not call; got kernels",
+    "method": "node of kind 'call_method'",
+    **dict.fromkeys(
+        ("keyword", "constant", "missing constant", "node", "argument", "steps", "macs", "caches", "outputs",
+         "programs", "dtype"),
+        "description of the engine is damaged",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DEFECTS)
+def test_planted_defects_are_one_clear_error(saved, tmp_path, what, capsys):
+    with safe_open(saved, framework="pt") as file:
+        header = json.loads(file.metadata()["stepping"])
+    change(header, what)
+    save_file(load_file(saved), tmp_path / "planted", metadata={"stepping": json.dumps(header)})
+    with pytest.raises(CheckpointError, match=DEFECTS[what]) as caught:
+        load_engine(tmp_path / "planted")
+    assert str(caught.value).startswith(f"{tmp_path / 'planted'}: ")
+    assert capsys.readouterr().out == ""  # nothing of the file ran
+
+
+def test_only_functional_operators_are_allowed():
+    assert find_operator("aten.conv2d") is torch.ops.aten.conv2d.default
+    assert find_operator("aten.add.Tensor") is torch.ops.aten.add.Tensor
+    for name in ("aten.add_.Tensor", "aten.add.out", "aten.set_", "prims.add", "getattr", "kernels.", "aten.", ""):
+        assert find_operator(name) is None
+
+
+def test_operators_without_a_name_are_refused_on_saving(tmp_path):
+    engine = compile_engine(nested(make("lenet5").float(), n=2, seed=1).eval())
+    node = next(n for n in engine.programs[0].module.graph.nodes if n.target is torch.ops.aten.max_pool2d.default)
+    node.target = torch.ops.aten.relu_.default
+    with pytest.raises(SteppingError, match=r"aten\.relu_"):
+        engine.save(tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------ export
+
+
+def test_plain_programs_have_no_kernels_and_the_same_scores(engine):
+    plain, x = plain_programs(engine), batch(engine, 2)
+    targets = [n.target for p in plain for n in p.module.graph.nodes if n.op == "call_function"]
+    assert not {"begin_prefix", "extend_prefix", "channels_last"} & {getattr(t, "__name__", "") for t in targets}
+    assert [p.macs for p in plain] == [p.macs for p in engine.programs]
+    caches = {"image": x}
+    for program, expected in zip(plain, engine.steps(x), strict=True):
+        given = [caches[name] for name in program.inputs]
+        before = [c.clone() for c in given]
+        caches.update(zip(program.outputs, program.module(*given), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))  # nothing was written to
+        assert relative(caches["scores"], expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
+def test_torch_export_equals_the_engine(name, tmp_path):
+    engine = compile_engine(nested(make(name).float(), n=2, seed=1).eval())
+    manifest = engine.export(tmp_path)
+    assert manifest == json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["batch"] == "dynamic" and manifest["macs"] == engine.macs and not manifest["notes"]
+    modules = {s["file"]: torch.export.load(tmp_path / s["file"]).module() for s in manifest["steps"]}
+    for size in (1, 4):
+        x = batch(engine, size)
+        with torch.no_grad():
+            scores = chain(manifest, x, lambda step, given: modules[step["file"]](*given))
+        for ours, theirs in zip(scores, engine.steps(x), strict=True):
+            assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
+def test_onnx_equals_the_engine(name, tmp_path, saved):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    engine = compile_engine(nested(make(name).float(), n=2, seed=1).eval())
+    manifest = engine.export(tmp_path, "onnx")
+    runners = {
+        s["file"]: runtime.InferenceSession(tmp_path / s["file"], providers=["CPUExecutionProvider"])
+        for s in manifest["steps"]
+    }
+
+    def run(step, given):
+        named = {e["name"]: c.numpy() for e, c in zip(step["inputs"], given, strict=True)}
+        return [torch.from_numpy(r) for r in runners[step["file"]].run([e["name"] for e in step["outputs"]], named)]
+
+    for size in (1, 4):
+        x = batch(engine, size)
+        for ours, theirs in zip(chain(manifest, x, run), engine.steps(x), strict=True):
+            assert relative(ours, theirs) < 1e-5
+
+
+def test_bad_export_requests(engine, tmp_path, monkeypatch):
+    with pytest.raises(SteppingError, match="did you mean 'onnx'"):
+        engine.export(tmp_path, "onxx")
+    for wrong in (0, True, 1.5):
+        with pytest.raises(SteppingError, match="bad batch size"):
+            engine.export(tmp_path, batch_size=wrong)
+    monkeypatch.setattr("stepping_plugin.engine.export.PACKAGES", ("onnx_that_is_not_there",))
+    with pytest.raises(SteppingError, match="pip install onnx onnxscript onnxruntime"):
+        engine.export(tmp_path, "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line_exports_a_run_folder(tmp_path, capsys):
+    net = nested(make("lenet5").float(), n=2, seed=1)
+    net.save(tmp_path / "net.safetensors")
+    assert main(["export", str(tmp_path), "--output", str(tmp_path / "out"), "--batch-size", "2"]) in (0, 1)
+    print(capsys.readouterr())
