@@ -152,9 +152,7 @@ def _image_size(model: Any, example_inputs: Any) -> tuple[int, ...]:
 def _check_precision(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
-            raise SteppingError(
-                f"{name}: the model has no weights (it is on the meta device). Load them first."
-            )
+            raise SteppingError(f"{name}: the model has no weights (it is on the meta device). Load them first.")
         if parameter.dtype in (torch.float16, torch.bfloat16):
             kind = str(parameter.dtype).removeprefix("torch.")
             raise SteppingError(
@@ -185,9 +183,7 @@ def reference_notes(model: nn.Module, image_size: tuple[int, ...], expected: int
     try:
         counted = count_macs(model, (image,)).total
     except SteppingError as error:
-        return [
-            f"fvcore could not count the original network ({error}); its MACs are those of the captured graph."
-        ]
+        return [f"fvcore could not count the original network ({error}); its MACs are those of the captured graph."]
     if counted != expected:
         raise CaptureError(
             f"The captured graph has {expected:,} MACs, fvcore counts {counted:,} on the model itself. One of "

@@ -29,31 +29,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stepping", description="SteppingNet for image classifiers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    inspect = commands.add_parser(
-        "inspect", help="show the units of a model and what keeps channels at level 1"
-    )
+    inspect = commands.add_parser("inspect", help="show the units of a model and what keeps channels at level 1")
     inspect.add_argument("model", help="timm name, e.g. resnet18")
-    inspect.add_argument(
-        "--img-size", type=int, help="height and width of the images; default: the model's own"
-    )
+    inspect.add_argument("--img-size", type=int, help="height and width of the images; default: the model's own")
     inspect.add_argument("--num-classes", type=int, help="classes of the model; default: the model's own")
-    inspect.add_argument(
-        "--time-limit", type=float, default=20.0, help="seconds for torch-pruning's graph (20)"
-    )
+    inspect.add_argument("--time-limit", type=float, default=20.0, help="seconds for torch-pruning's graph (20)")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(command=_inspect)
     run = commands.add_parser("run", help="train, construct, retrain, verify and report, as a recipe says")
-    validate = commands.add_parser(
-        "validate", help="check a recipe and show what it would do, without training"
-    )
+    validate = commands.add_parser("validate", help="check a recipe and show what it would do, without training")
     for command in (run, validate):
         command.add_argument("recipe", help="path of a recipe, or name of a shipped one, e.g. digits")
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="e.g. retrain.epochs=20 output=runs/mine"
         )
-    run.add_argument(
-        "--fresh", action="store_true", help="discard what an earlier run left in the output folder"
-    )
+    run.add_argument("--fresh", action="store_true", help="discard what an earlier run left in the output folder")
     run.set_defaults(command=_run)
     bench = commands.add_parser("bench", help="measure speed, as ratios in one run").add_subparsers(
         required=True, metavar="WHAT"
@@ -93,9 +83,7 @@ def _run(arguments: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     folder = Path(recipe.output or Path("runs") / Path(arguments.recipe).stem)
-    data = run_recipe(
-        recipe, folder, fresh=arguments.fresh, say=lambda text: console.print(text, highlight=False)
-    )
+    data = run_recipe(recipe, folder, fresh=arguments.fresh, say=lambda text: console.print(text, highlight=False))
     console.print(results_table(data), *data["notes"])
     console.print(f"report: {folder / 'index.html'}   net: {folder / 'net.safetensors'}")
     return 0

@@ -20,9 +20,7 @@ from .witness import compare_witnesses, join_units
 __all__ = ["describe", "inspect_model"]
 
 
-def inspect_model(
-    model: nn.Module, image_size: tuple[int, ...], *, time_limit: float = 20.0
-) -> dict[str, Any]:
+def inspect_model(model: nn.Module, image_size: tuple[int, ...], *, time_limit: float = 20.0) -> dict[str, Any]:
     """Facts about a model's units, ready for JSON.
 
     Args:
@@ -53,10 +51,7 @@ def inspect_model(
         "units": analysis.num_units,
         "channels": analysis.channels,
         "pinned_channels": analysis.pinned_channels,
-        "pins": [
-            {"reason": r, "module": m, "operator": o, "times": k}
-            for (r, m, o), k in analysis.pins.most_common()
-        ],
+        "pins": [{"reason": r, "module": m, "operator": o, "times": k} for (r, m, o), k in analysis.pins.most_common()],
         "operators_without_rule": dict(analysis.unknown),
         "groups": [{"name": g.name, "units": len(g.units), "made_by": g.weights} for g in analysis.groups],
         "couplings": {
@@ -109,12 +104,8 @@ def describe(facts: dict[str, Any], name: str) -> Group:
         lines.append(f"{sets} sets of units that only torch-pruning ties: {fate} (in {layers})")
     if couplings["torch_pruning_error"]:
         lines.append(f"torch-pruning: {couplings['torch_pruning_error']}")
+    lines += [f"torch-pruning contradicts itself: {text}" for text in couplings["contradictions_in_torch_pruning"][:5]]
     lines += [
-        f"torch-pruning contradicts itself: {text}"
-        for text in couplings["contradictions_in_torch_pruning"][:5]
-    ]
-    lines += [
-        f"pin: {p['reason']} ({p['operator']} in {p['module'] or 'the model'}, {p['times']}x)"
-        for p in facts["pins"]
+        f"pin: {p['reason']} ({p['operator']} in {p['module'] or 'the model'}, {p['times']}x)" for p in facts["pins"]
     ]
     return Group(head, groups, *lines)

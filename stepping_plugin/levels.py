@@ -50,9 +50,7 @@ def parse_budgets(budgets: Iterable[Any], reference_macs: int, limit: int | None
         )
     given = list(budgets)
     if not given:
-        raise BudgetError(
-            "budgets: got an empty list, expected one budget per subnet, such as [0.1, 0.3, 0.5]."
-        )
+        raise BudgetError("budgets: got an empty list, expected one budget per subnet, such as [0.1, 0.3, 0.5].")
     limit = max(reference_macs, limit or 0)
     problems: list[str] = []
     macs: list[int | None] = []
@@ -86,19 +84,14 @@ def _parse(value: Any, reference: int, limit: int) -> int | str:
         return _absolute(int(value), value, limit)
     if not math.isfinite(value):
         return f"got {value!r}; expected {_FORMS}"
-    return _fraction(
-        Fraction(repr(float(value))), value, reference
-    )  # repr: 0.3 is 3/10, not its nearest binary number
+    return _fraction(Fraction(repr(float(value))), value, reference)  # repr: 0.3 is 3/10, not its nearest binary number
 
 
 def _fraction(share: Fraction, value: Any, reference: int) -> int | str:
     if not 0 < share <= 1:
-        return (
-            f"got {value!r}, a fraction must be above 0 and at most 1; write MACs as an integer or as '300M'"
-        )
+        return f"got {value!r}, a fraction must be above 0 and at most 1; write MACs as an integer or as '300M'"
     return (
-        math.floor(share * reference)
-        or f"got {value!r}, which is less than one of the {reference:,} MACs of the model"
+        math.floor(share * reference) or f"got {value!r}, which is less than one of the {reference:,} MACs of the model"
     )
 
 
@@ -137,9 +130,7 @@ def check_scores(scores: Tensor, num_units: int) -> Tensor:
     """
     scores = torch.as_tensor(scores).detach().to("cpu", torch.float64)
     if scores.shape != (num_units,):
-        raise SteppingError(
-            f"scores: got shape {tuple(scores.shape)}, expected ({num_units},), one score per unit."
-        )
+        raise SteppingError(f"scores: got shape {tuple(scores.shape)}, expected ({num_units},), one score per unit.")
     if not bool(scores.isfinite().all()):
         raise SteppingError(
             f"scores: {int((~scores.isfinite()).sum())} of {num_units} are not finite, so they rank nothing. "

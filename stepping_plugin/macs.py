@@ -107,9 +107,7 @@ class MacModel:
         columns = n + 2
         key = self.pair_layer * columns + levels[self.pair_unit]
         out = torch.zeros(len(self.per_synapse) * columns, dtype=torch.long).index_add_(0, key, self.pair_out)
-        inputs = torch.zeros(len(self.per_synapse) * columns, dtype=torch.long).index_add_(
-            0, key, self.pair_in
-        )
+        inputs = torch.zeros(len(self.per_synapse) * columns, dtype=torch.long).index_add_(0, key, self.pair_in)
         out, inputs = out.view(-1, columns), inputs.view(-1, columns)
         out[:, 1] += self.free_out
         inputs[:, 1] += self.free_in

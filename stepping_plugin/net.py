@@ -108,9 +108,7 @@ class SteppingNet(NestedModule):
 
     def extract(self, subnet: int) -> Subnet:
         """Subnet `subnet` (1..N) as a standalone module, physically without the other units."""
-        return extract_subnet(self.model, self.analysis, self.levels, self._subnet(subnet)).train(
-            self.training
-        )
+        return extract_subnet(self.model, self.analysis, self.levels, self._subnet(subnet)).train(self.training)
 
     # ------------------------------------------------------------------------------------------ running
 
@@ -184,9 +182,7 @@ def check_levels(levels: Tensor, analysis: Analysis, n: int) -> Tensor:
     levels = torch.as_tensor(levels).detach().cpu().long()
     if levels.shape != (analysis.num_units,):
         expected = f"({analysis.num_units},), one level per unit"
-        raise SteppingError(
-            explain("wrong shape", where="levels", got=str(tuple(levels.shape)), expected=expected)
-        )
+        raise SteppingError(explain("wrong shape", where="levels", got=str(tuple(levels.shape)), expected=expected))
     if len(levels) and (int(levels.min()) < 1 or int(levels.max()) > n + 1):
         got, expected = f"{int(levels.min())}..{int(levels.max())}", f"1..{n}, or {n + 1} for spare units"
         raise SteppingError(explain("value out of range", where="levels", got=got, expected=expected))

@@ -23,7 +23,6 @@ from typing import Any
 
 import timm
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -53,12 +52,15 @@ from .training.checkpoint import (
 from .training.data import DataBundle, build_data
 from .training.evaluation import evaluate
 from .training.loop import TrainConfig, fit
+from .training.trainer import processes
 from .verify import verify
 from .witness import find_units
 
 __all__ = ["Run", "plan", "run_recipe"]
 
 SAVE_EVERY = 30.0  # seconds between checkpoints of the construction
+RESULTS = ("recipe.yaml", "original", "original.safetensors", "construction", "constructed.safetensors", "retrain",
+           "net.safetensors", "report.json")  # fmt: skip
 
 
 def run_recipe(
@@ -113,7 +115,7 @@ class Run:
     _epochs: int = 0
 
     def everything(self, fresh: bool) -> dict[str, Any]:
-        self.main = PartialState(cpu=self.recipe.device == "cpu").is_main_process
+        self.main = processes(self.recipe.device).is_main_process
         self._prepare_folder(fresh)
         seed_generators(self.recipe.seed)
         original = None
@@ -177,9 +179,7 @@ class Run:
         analysis = find_units(original, image_size)
         reference = MacModel(analysis).total
         notes = reference_notes(original, image_size, reference)
-        budgets = parse_budgets(
-            self.recipe.budgets, reference, limit=int(reference * config.expansion**2) + 1
-        )
+        budgets = parse_budgets(self.recipe.budgets, reference, limit=int(reference * config.expansion**2) + 1)
         origin = describe_origin(original, image_size, self.recipe.model.kwargs)
         net = start_network(original, analysis, budgets, config, reference, origin, self.recipe.seed)
         net.notes += notes
@@ -193,9 +193,7 @@ class Run:
             state = load_checkpoint(path)
             construction.load_state_dict(state["construction"])
             restore_random_state(state["random"])
-        self._say(
-            f"construction: {config.flow} flow, iteration {construction.iteration} of {config.iterations}"
-        )
+        self._say(f"construction: {config.flow} flow, iteration {construction.iteration} of {config.iterations}")
         saved = time.monotonic()
         for record in construction:
             self._log(record)
@@ -234,9 +232,7 @@ class Run:
             )
         return original if settings.distill_from == "original" else None
 
-    def _finish(
-        self, net: SteppingNet, accuracies: dict[str, list[float]], reference: float | None
-    ) -> dict[str, Any]:
+    def _finish(self, net: SteppingNet, accuracies: dict[str, list[float]], reference: float | None) -> dict[str, Any]:
         proof = self._timed("verification", verify, net.cpu())
         data = report_data(self.recipe, net, accuracies, reference)
         data.update(verify=vars(proof), seconds=self.seconds, history=self.history)
@@ -256,11 +252,9 @@ class Run:
 
     def loader(self, part: str, batch_size: int, stage: str = "original") -> Any:
         """This process's share of the batches; every stage has its own order."""
-        state = PartialState()
+        state = processes(self.recipe.device)
         seed = self.recipe.seed * 3 + ["original", "construction", "retrain"].index(stage)
-        return self.data.loader(
-            part, batch_size, seed=seed, rank=state.process_index, world=state.num_processes
-        )
+        return self.data.loader(part, batch_size, seed=seed, rank=state.process_index, world=state.num_processes)
 
     def validation(self, settings: Any) -> Any:
         return self.loader("val", settings.validation_batch_size or settings.batch_size)
@@ -296,28 +290,23 @@ class Run:
             )
 
     def _prepare_folder(self, fresh: bool) -> None:
-        own = dump_recipe(self.recipe)
-        written = self.folder / "recipe.yaml"
-        if not self.main:
-            return
-        if fresh:
-            for name in ("original", "construction", "retrain"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            for file in (
-                "recipe.yaml",
-                "original.safetensors",
-                "constructed.safetensors",
-                "net.safetensors",
-                "report.json",
-            ):
-                (self.folder / file).unlink(missing_ok=True)
+        """Every process checks, the main process writes, all wait for it."""
+        everybody = processes(self.recipe.device)
+        own, written = dump_recipe(self.recipe), self.folder / "recipe.yaml"
+        if fresh and self.main:
+            for name in RESULTS:
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        everybody.wait_for_everyone()
         if written.is_file() and _comparable(written.read_text()) != _comparable(own):
             raise CheckpointError(
                 f"{self.folder} holds a run of another recipe (compare its recipe.yaml). Choose another folder with "
                 "output=DIR, or discard that run with --fresh."
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        written.write_text(own)
+        everybody.wait_for_everyone()
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            written.write_text(own)
 
     def _timed(self, stage: str, function: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter()
@@ -333,14 +322,10 @@ class Run:
         """About ten lines per stage; everything is in the stage's log."""
         if "iteration" in record:
             if _worth_a_line(record["iteration"], self.recipe.construction.iterations):
-                self._say(
-                    f"  iteration {record['iteration']}: MACs {record['macs']}, moved {record['moved']}"
-                )
+                self._say(f"  iteration {record['iteration']}: MACs {record['macs']}, moved {record['moved']}")
         elif "accuracy" in record and _worth_a_line(record["epoch"], self._epochs):
             shown = " ".join(f"{100 * a:.1f}" for a in record["accuracy"])
-            self._say(
-                f"  epoch {record['epoch']}: loss {_mean(record['train_loss']):.3f}, accuracy {shown} %"
-            )
+            self._say(f"  epoch {record['epoch']}: loss {_mean(record['train_loss']):.3f}, accuracy {shown} %")
 
 
 def report_data(
@@ -387,9 +372,7 @@ def _comparable(text: str) -> str:
 
 
 def _save_weights(model: nn.Module, path: Path) -> None:
-    tensors: dict[str, Tensor] = {
-        k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()
-    }
+    tensors: dict[str, Tensor] = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata={"weights": json.dumps({"class": type(model).__qualname__})})
     partial.replace(path)
@@ -408,6 +391,4 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             tensors = tensors["state_dict"]
         model.load_state_dict(tensors)
     except Exception as error:
-        raise CheckpointError(
-            f"{path}: not the weights of {type(model).__name__} as built here ({error})."
-        ) from None
+        raise CheckpointError(f"{path}: not the weights of {type(model).__name__} as built here ({error}).") from None

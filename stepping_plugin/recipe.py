@@ -203,11 +203,7 @@ def _explain(detail: ErrorDetails, raw: dict[str, Any]) -> str:
         return f"{path}: got {_show(given)}, expected a section with keys such as {keys}"
     if kind == "value_error":
         text = str(detail["ctx"]["error"])
-        return (
-            f"{path}: {text}"
-            if given is None or _show(given) in text
-            else f"{path}: {text} (got {_show(given)})"
-        )
+        return f"{path}: {text}" if given is None or _show(given) in text else f"{path}: {text} (got {_show(given)})"
     if kind == "string_pattern_mismatch":
         return f"{path}: got {_show(given)}, expected {_describe(loc)}"
     expected = _EXPECTED[kind].format(**detail.get("ctx", {})) if kind in _EXPECTED else detail["msg"]

@@ -44,14 +44,10 @@ class Section(BaseModel):
 class TeacherConfig(Section):
     """A model by timm name."""
 
-    name: str | None = key(
-        None, "timm model, for example resnet18, lenet5 or vit_tiny_patch16_224.augreg_in21k"
-    )
+    name: str | None = key(None, "timm model, for example resnet18, lenet5 or vit_tiny_patch16_224.augreg_in21k")
     pretrained: bool = key(False, "start from timm's pretrained weights (downloads them)")
     checkpoint_path: str | None = key(None, "file of weights to start from, .safetensors or .pth")
-    kwargs: dict[str, Any] = key(
-        {}, "further arguments of timm.create_model, for example width_mult or drop_path_rate"
-    )
+    kwargs: dict[str, Any] = key({}, "further arguments of timm.create_model, for example width_mult or drop_path_rate")
 
     @field_validator("name")
     @classmethod
@@ -60,21 +56,15 @@ class TeacherConfig(Section):
 
         import stepping_plugin.integrations.timm  # noqa: F401 (registers the paper's networks)
 
-        if (
-            name and ":" not in name and not timm.is_model(name.split(".")[0])
-        ):  # hf-hub:... is timm's to resolve
-            raise ValueError(
-                f"timm has no model {name!r}; {_closest(name, timm.list_models(), 'timm.list_models()')}"
-            )
+        if name and ":" not in name and not timm.is_model(name.split(".")[0]):  # hf-hub:... is timm's to resolve
+            raise ValueError(f"timm has no model {name!r}; {_closest(name, timm.list_models(), 'timm.list_models()')}")
         return name
 
 
 class ModelConfig(TeacherConfig):
     """What is to become a SteppingNet: a timm model, or a net saved before, which then skips construction."""
 
-    net: str | None = key(
-        None, "a saved SteppingNet to go on from: only retraining is done", validate_default=True
-    )
+    net: str | None = key(None, "a saved SteppingNet to go on from: only retraining is done", validate_default=True)
 
     @field_validator("net")
     @classmethod
@@ -87,27 +77,19 @@ class ModelConfig(TeacherConfig):
 class DataConfig(Section):
     """Which pictures, how they are split and augmented."""
 
-    name: str = key(
-        ..., "digits, fashion_mnist, cifar10, cifar100, mnist, imagefolder, or a name that timm opens"
-    )
+    name: str = key(..., "digits, fashion_mnist, cifar10, cifar100, mnist, imagefolder, or a name that timm opens")
     root: str | None = key(None, "folder of the data, relative to the current folder")
     download: bool = key(False, "let torchvision or the hub fetch the data")
     val_fraction: float | None = key(
         None, "share of the training set held out for validation; null: 0.1 in memory, 0 on disk", ge=0, lt=1
     )
-    split_seed: int = key(
-        0, "of the splits; apart from `seed`, so that runs with other seeds share them", ge=0
-    )
+    split_seed: int = key(0, "of the splits; apart from `seed`, so that runs with other seeds share them", ge=0)
     limit: int | None = key(None, "use only so many training samples", ge=1)
-    img_size: int | None = key(
-        None, "resize to this many pixels; null: as they are, or as the model wants them", ge=1
-    )
+    img_size: int | None = key(None, "resize to this many pixels; null: as they are, or as the model wants them", ge=1)
     mean: list[float] | None = key(None, "per channel; null: of the training set, or as the model wants it")
     std: list[float] | None = key(None, "per channel; null: of the training set, or as the model wants it")
     hflip: float | None = key(None, "probability of a mirror image; null: what suits the set", ge=0, le=1)
-    shift: int | None = key(
-        None, "random shift in pixels, sets in memory only; null: what suits the set", ge=0
-    )
+    shift: int | None = key(None, "random shift in pixels, sets in memory only; null: what suits the set", ge=0)
     workers: int = key(4, "loader processes, sets on disk only", ge=0)
     train_split: str = key("train", "timm's name of the training split")
     val_split: str = key("validation", "timm's name of the test split")
@@ -165,9 +147,7 @@ class Optimisation(Section):
 
         names = [str(name) for name in list_optimizers()]
         if opt.lower().removeprefix("lookahead_") not in names:
-            raise ValueError(
-                f"timm has no optimizer {opt!r}; {_closest(opt, names, 'timm.optim.list_optimizers()')}"
-            )
+            raise ValueError(f"timm has no optimizer {opt!r}; {_closest(opt, names, 'timm.optim.list_optimizers()')}")
         return opt
 
 
@@ -202,18 +182,12 @@ class Train(Optimisation):
 class Construction(Optimisation):
     """How the subnets are found (Fig. 3 of the paper)."""
 
-    flow: Literal["trajectory", "paper"] = key(
-        "trajectory", "how units move; paper: the literal rules of the paper"
-    )
-    policy: Literal["steppingnet", "any-width", "random"] = key(
-        "steppingnet", "which units go to which level"
-    )
+    flow: Literal["trajectory", "paper"] = key("trajectory", "how units move; paper: the literal rules of the paper")
+    policy: Literal["steppingnet", "any-width", "random"] = key("steppingnet", "which units go to which level")
     iterations: int = key(30, "N_t of the paper", ge=1)
     batches: int = key(10, "m of the paper: training batches per iteration", ge=0)
     expansion: float = key(1.0, "widen every layer by this factor before construction", ge=1)
-    init: Literal["original", "random"] = key(
-        "original", "weights to start from; original: widened, same function"
-    )
+    init: Literal["original", "random"] = key("original", "weights to start from; original: widened, same function")
     importance: Literal["per-sample", "per-batch", "magnitude", "random"] = key(
         "per-sample", "estimator of Eq. 2 and 3"
     )
@@ -223,9 +197,7 @@ class Construction(Optimisation):
     band: tuple[float, float] | None = key(
         (0.8, 1.25), "least and greatest width of a layer relative to the uniform pattern; null: free"
     )
-    updates: Literal["joint", "sequential"] = key(
-        "joint", "one pass for all subnets, or the paper's ascending order"
-    )
+    updates: Literal["joint", "sequential"] = key("joint", "one pass for all subnets, or the paper's ascending order")
 
     @field_validator("band")
     @classmethod
@@ -241,9 +213,7 @@ class Retrain(Train):
     gamma: float = key(0.4, "weight of the cross entropy, 1 - gamma that of the teacher (Eq. 4)", ge=0, le=1)
     temperature: float = key(1.0, "of the distillation", gt=0)
     beta: float = key(0.9, "suppression of weight updates (III-A2); 1: none", gt=0, le=1)
-    updates: Literal["joint", "sequential"] = key(
-        "joint", "one pass for all subnets, or the paper's ascending order"
-    )
+    updates: Literal["joint", "sequential"] = key("joint", "one pass for all subnets, or the paper's ascending order")
     distill_from: Literal["original", "largest", "teacher", "none"] = key(
         "original", "original network, largest subnet, the model in `teacher`, or no distillation"
     )
@@ -251,9 +221,7 @@ class Retrain(Train):
 
     @field_validator("teacher")
     @classmethod
-    def _belongs_to_distill_from(
-        cls, teacher: TeacherConfig | None, info: ValidationInfo
-    ) -> TeacherConfig | None:
+    def _belongs_to_distill_from(cls, teacher: TeacherConfig | None, info: ValidationInfo) -> TeacherConfig | None:
         source = info.data.get("distill_from")
         if source == "teacher" and (teacher is None or teacher.name is None):
             raise ValueError("distill_from: teacher needs teacher.name (a timm model)")
@@ -310,9 +278,7 @@ class Recipe(Section):
     def _something_is_trained(cls, train: Train, info: ValidationInfo) -> Train:
         model = info.data.get("model")
         if train.epochs == 0 and model and not (model.pretrained or model.checkpoint_path or model.net):
-            raise ValueError(
-                "epochs: 0 needs a trained original: model.pretrained: true or model.checkpoint_path"
-            )
+            raise ValueError("epochs: 0 needs a trained original: model.pretrained: true or model.checkpoint_path")
         return train
 
 

@@ -103,9 +103,7 @@ def _check(data: Mapping[str, Any]) -> None:
     accuracies = [row.get("accuracy") for row in (data["original"], *data["subnets"])]
     beyond = [value for value in accuracies if value is not None and not 0 <= value <= 1]
     if beyond:
-        raise SteppingError(
-            explain("bad accuracy in report data", got=beyond[0], expected="a share in [0, 1]")
-        )
+        raise SteppingError(explain("bad accuracy in report data", got=beyond[0], expected="a share in [0, 1]"))
 
 
 _COLUMNS = ("network", "MACs", "of M_t", "budget", "before retraining", "accuracy")
@@ -238,9 +236,7 @@ def draw_units(data: Mapping[str, Any]) -> Figure:
         )
         for row, (count, share, left) in enumerate(zip(counts, shares, lefts)):
             if share > 0.18 * size * (1 + len(str(count))):  # the number fits
-                axes.text(
-                    left + share / 2, row, str(count), ha="center", va="center", fontsize=size, color=ink
-                )
+                axes.text(left + share / 2, row, str(count), ha="center", va="center", fontsize=size, color=ink)
         lefts = [left + share for left, share in zip(lefts, shares)]
     for row, layer in enumerate(layers):
         axes.text(101, row, str(sum(layer["units_per_level"])), va="center", fontsize=size, color=_INK)
@@ -332,9 +328,7 @@ def _page(data: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 

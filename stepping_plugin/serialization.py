@@ -129,9 +129,7 @@ def load(
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
-        raise CheckpointError(
-            explain("no such file", where=str(path), action="Check the path given to load().")
-        )
+        raise CheckpointError(explain("no such file", where=str(path), action="Check the path given to load()."))
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -160,9 +158,7 @@ def _candidates(header: dict[str, Any], model: nn.Module | None, path: Any) -> I
         return
     origin = header.get("origin", {})
     name = origin.get("timm")
-    if not isinstance(name, str) or not timm.is_model(
-        name
-    ):  # only registered names: nothing is fetched or executed
+    if not isinstance(name, str) or not timm.is_model(name):  # only registered names: nothing is fetched or executed
         made_from = origin.get("class") or name
         raise CheckpointError(
             f"{path}: the net was made from {made_from!r}, which timm cannot build. Pass load(path, model=...)."
@@ -189,14 +185,10 @@ def _rebuild(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor
         raise _other_model(model, path)
     levels = tensors.pop("levels")
     _take_over(model, {k.removeprefix("model."): v for k, v in tensors.items()}, path)
-    net = SteppingNet(
-        model, analysis, levels, header["budgets"], header["reference_macs"], header["origin"], lineage
-    )
+    net = SteppingNet(model, analysis, levels, header["budgets"], header["reference_macs"], header["origin"], lineage)
     net.notes = list(header.get("notes", []))
     if net.macs != header["macs"]:
-        raise CheckpointError(
-            f"{path}: the net has MACs {net.macs}, the file says {header['macs']}; it is damaged."
-        )
+        raise CheckpointError(f"{path}: the net has MACs {net.macs}, the file says {header['macs']}; it is damaged.")
     return net.eval()
 
 

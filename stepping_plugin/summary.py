@@ -42,9 +42,7 @@ def _subnets(net: SteppingNet) -> Table:
     for i, (macs, budget) in enumerate(zip(net.macs, net.budgets), start=1):
         gap = f"{100 * (budget - macs) / budget:.2f} %"
         share = f"{100 * macs / net.reference_macs:.2f} %"
-        table.add_row(
-            str(i), human_macs(macs), share, "+" + human_macs(macs - previous), human_macs(budget), gap
-        )
+        table.add_row(str(i), human_macs(macs), share, "+" + human_macs(macs - previous), human_macs(budget), gap)
         previous = macs
     return table
 

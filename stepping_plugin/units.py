@@ -95,9 +95,7 @@ class Analysis:
         return self  # facts about a model, never changed: copies of a net share them
 
 
-def analyse(
-    model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ...] = (False, True)
-) -> Analysis:
+def analyse(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ...] = (False, True)) -> Analysis:
     """Capture a model and find its units.
 
     Args:
@@ -296,11 +294,7 @@ def _tie_shared_parameters(labels: Labels, nodes: list[fx.Node]) -> None:
             continue
         node.meta["role"] = labels.role.get(node)
         for operand, own in _static_operands(node, axis):
-            if (
-                operand.op == "placeholder"
-                and operand.meta["dtype"].is_floating_point
-                and len(operand.users) > 1
-            ):
+            if operand.op == "placeholder" and operand.meta["dtype"].is_floating_point and len(operand.users) > 1:
                 label = labels.of(node).flatten()
                 if len(label) == operand.meta["shape"][own]:
                     labels.sets.union(label, first.setdefault((operand.meta["tensor"], own), label))
@@ -348,9 +342,7 @@ def _element_positions(operand: fx.Node) -> tuple[str, tuple[int, ...], Tensor] 
     shape = node.meta["shape"]
     positions = torch.arange(math.prod(shape)).reshape(shape)
     for step in reversed(chain):
-        args, kwargs = fx.node.map_arg(
-            (step.args, dict(step.kwargs)), lambda n, p=positions: n.meta.get("value", p)
-        )
+        args, kwargs = fx.node.map_arg((step.args, dict(step.kwargs)), lambda n, p=positions: n.meta.get("value", p))
         positions = step.target(*args, **kwargs)
     return node.meta["tensor"], shape, positions
 

@@ -103,9 +103,7 @@ def _engine_errors(net: SteppingNet, x: Tensor, scores: Tensor, scale: float) ->
     for i, (stepped, expected) in enumerate(zip(net.deploy().steps(x), scores), start=1):
         errors.append(float((stepped - expected).abs().max()) / scale)
         if not errors[-1] <= TOLERANCE:
-            raise NestingError(
-                f"The engine's subnet {i} differs from the nested net by {errors[-1]:.1e}.", subnet=i
-            )
+            raise NestingError(f"The engine's subnet {i} differs from the nested net by {errors[-1]:.1e}.", subnet=i)
     return errors
 
 
@@ -136,9 +134,7 @@ def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return (noise * magnitude).to(tensor)
 
 
-def _elements_above(
-    net: SteppingNet, tensors: dict[str, Tensor], level: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _elements_above(net: SteppingNet, tensors: dict[str, Tensor], level: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Tensors with a boolean mask (broadcastable) of the elements that only subnets above `level` may use."""
     levels, direct = net.levels, direct_weights(net.analysis)
     for name, (out_units, in_units) in net.analysis.weight_units.items():
@@ -159,9 +155,7 @@ def _elements_above(
             yield tensor, higher.reshape([-1 if d == axis else 1 for d in range(tensor.dim())])
 
 
-def _leak_error(
-    net: SteppingNet, noise: dict[int, Tensor], x: Tensor, subnet: int, leak: float
-) -> NestingError:
+def _leak_error(net: SteppingNet, noise: dict[int, Tensor], x: Tensor, subnet: int, leak: float) -> NestingError:
     layer = _first_difference(net, noise, x, subnet) or "the classifier"
     return NestingError(
         f"{layer}: subnet {subnet} is not nested; its class scores change by {leak:.1e} (relative) when the units "

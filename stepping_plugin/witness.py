@@ -41,9 +41,7 @@ class Comparison:
     unseen: int = 0
 
 
-def find_units(
-    model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ...] = (False, True)
-) -> Analysis:
+def find_units(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ...] = (False, True)) -> Analysis:
     """Units of a model by both witnesses (see the policy above). Arguments and errors as in `units.analyse`."""
     analysis = analyse(model, image_size, modes)
     if not analysis.unknown:
@@ -91,9 +89,7 @@ def _tally(analysis: Analysis, toolkit: ToolkitCouplings, units: Tensor, pairs: 
     extra = {unit for group in members.values() for unit in group}
     result.unseen = int((classes_of == 0).sum())
     result.only_channel_graph = int((classes_of > 1).sum())
-    result.agreed = sum(
-        1 for unit in range(analysis.num_units) if classes_of[unit] == 1 and unit not in extra
-    )
+    result.agreed = sum(1 for unit in range(analysis.num_units) if classes_of[unit] == 1 and unit not in extra)
     for row in (units >= 0).nonzero().flatten().tolist():
         if int(toolkit.classes[row]) in joined and int(toolkit.entries[row, 1]) == 0:
             result.where[toolkit.modules[int(toolkit.entries[row, 0])]] += 1

@@ -81,14 +81,10 @@ def random_levels(analysis: Analysis, n: int, seed: int = 0, spare: bool = False
     return levels
 
 
-_ANALYSES: WeakKeyDictionary[nn.Module, Analysis] = (
-    WeakKeyDictionary()
-)  # tracing is what takes time in these tests
+_ANALYSES: WeakKeyDictionary[nn.Module, Analysis] = WeakKeyDictionary()  # tracing is what takes time in these tests
 
 
-def nested(
-    model: nn.Module, n: int = 4, seed: int | None = 0, size: tuple[int, ...] | None = None
-) -> SteppingNet:
+def nested(model: nn.Module, n: int = 4, seed: int | None = 0, size: tuple[int, ...] | None = None) -> SteppingNet:
     """A net on a copy of the model; seed None puts all units at level 1."""
     size = size or image_size(model)
     if model not in _ANALYSES:

@@ -8,19 +8,13 @@ from stepping_plugin.cli import main
 def test_inspect_prints_units_and_floor(capsys):
     assert main(["inspect", "test_resnet"]) == 0
     text = capsys.readouterr().out
-    assert (
-        "672 made of 1,040 output channels" in text
-        and "floor of subnet 1" in text
-        and "layer1.0.conv1" in text
-    )
+    assert "672 made of 1,040 output channels" in text and "floor of subnet 1" in text and "layer1.0.conv1" in text
 
 
 def test_inspect_json_is_complete(capsys):
     assert main(["inspect", "test_vit", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["macs"] == facts["macs_fvcore"] and facts["units"] == sum(
-        g["units"] for g in facts["groups"]
-    )
+    assert facts["macs"] == facts["macs_fvcore"] and facts["units"] == sum(g["units"] for g in facts["groups"])
     assert 0 < facts["floor_macs"] < facts["macs"]
     assert facts["pinned_channels"] == 0 and not facts["operators_without_rule"]
     assert facts["couplings"]["agreed_units"] + facts["couplings"]["only_channel_graph_units"] > 0

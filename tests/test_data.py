@@ -132,9 +132,9 @@ def test_augmentation_is_a_shift_with_black_and_a_mirror():
 def test_normalisation_is_per_channel():
     data = numbered_set(20)
     image, label = data[3]
-    expected = (data.images[3].double() / 255 - torch.tensor([0.5, 0.4])[:, None, None]) / torch.tensor(
-        [0.2, 0.3]
-    )[:, None, None]
+    expected = (data.images[3].double() / 255 - torch.tensor([0.5, 0.4])[:, None, None]) / torch.tensor([0.2, 0.3])[
+        :, None, None
+    ]
     torch.testing.assert_close(image.double(), expected, atol=1e-6, rtol=0)
     assert label == 3
 
@@ -204,9 +204,7 @@ def test_missing_fashion_mnist_says_how_to_get_it(tmp_path):
         build_data(DataConfig(name="fashion_mnist", root=str(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[:300], lambda b: b"junk", lambda b: gzip.compress(b"\0\0\x08\x03\0")]
-)
+@pytest.mark.parametrize("damage", [lambda b: b[:300], lambda b: b"junk", lambda b: gzip.compress(b"\0\0\x08\x03\0")])
 def test_damaged_idx_files_are_clear_errors(fashion_folder, damage):
     path = fashion_folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(damage(path.read_bytes()))
@@ -236,9 +234,7 @@ def image_folder(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_image_folders_are_reproducible_in_any_process(image_folder, workers):
-    cfg = DataConfig(
-        name="imagefolder", root=str(image_folder), img_size=32, workers=workers, val_fraction=0.25
-    )
+    cfg = DataConfig(name="imagefolder", root=str(image_folder), img_size=32, workers=workers, val_fraction=0.25)
     bundle = build_data(cfg)
     assert (bundle.num_classes, bundle.input_size) == (3, (3, 32, 32))
     assert len(bundle.train) + len(bundle.val) == 18 and len(bundle.test) == 6
@@ -251,9 +247,7 @@ def test_image_folders_are_reproducible_in_any_process(image_folder, workers):
 
 
 def test_image_folders_take_size_and_statistics_from_the_model(image_folder):
-    bundle = build_data(
-        DataConfig(name="imagefolder", root=str(image_folder)), model_name="vit_tiny_patch16_384"
-    )
+    bundle = build_data(DataConfig(name="imagefolder", root=str(image_folder)), model_name="vit_tiny_patch16_384")
     assert bundle.img_size == 384 and bundle.mean == (0.5, 0.5, 0.5) and bundle.val is bundle.test
 
 
@@ -278,9 +272,7 @@ def test_torchvision_arrays_become_tensor_sets(name, monkeypatch):
 
     pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
     fake = types.SimpleNamespace(data=pixels, targets=[index % 10 for index in range(30)])
-    fake_type = type(
-        "Fake", (types.SimpleNamespace,), {"__len__": lambda s: 30, "__getitem__": lambda s, i: None}
-    )
+    fake_type = type("Fake", (types.SimpleNamespace,), {"__len__": lambda s: 30, "__getitem__": lambda s, i: None})
     monkeypatch.setattr(timm.data, "create_dataset", lambda *a, **k: fake_type(**vars(fake)))
     bundle = build_data(DataConfig(name=name))
     assert bundle.input_size == (3, 32, 32) and bundle.num_classes == 10

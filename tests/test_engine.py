@@ -132,9 +132,7 @@ def test_sessions_share_an_engine_without_meeting(small):
     _, engine, x, expected = small
     a, b = engine.start(x[:2]), engine.start(x[2:7])
     a.step(), b.step(), b.step(), a.step()
-    assert (
-        relative(a.logits, expected[2, :2]) < TOLERANCE and relative(b.logits, expected[2, 2:7]) < TOLERANCE
-    )
+    assert relative(a.logits, expected[2, :2]) < TOLERANCE and relative(b.logits, expected[2, 2:7]) < TOLERANCE
 
 
 def test_threads_share_an_engine(small):

@@ -1,5 +1,6 @@
 """Engines as files and as exported programs: what is read back computes the same, and nothing else is read."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -15,21 +16,33 @@ from stepping_plugin.engine import compile_engine, load_engine
 from stepping_plugin.engine.export import plain_programs
 from stepping_plugin.engine.files import find_operator
 from stepping_plugin.errors import CheckpointError, SteppingError
+from stepping_plugin.serialization import describe_origin
 
 MODELS = ("test_resnet", "test_vit")
 
 
+@functools.cache
+def model(name):
+    """One model per name, in float32: finding its units is what takes time here."""
+    return make(name).float()
+
+
+def engine_of(name):
+    """An engine of two subnets."""
+    return compile_engine(nested(model(name), n=2, seed=1).eval())
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def engine(request):
-    """An engine of two subnets in float32; not to be changed."""
-    return compile_engine(nested(make(request.param).float(), n=2, seed=1).eval())
+    """Not to be changed."""
+    return engine_of(request.param)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A saved engine."""
     path = tmp_path_factory.mktemp("engine") / "engine.safetensors"
-    compile_engine(nested(make("test_resnet").float(), n=2, seed=1).eval()).save(path)
+    engine_of("test_resnet").save(path)
     return path
 
 
@@ -104,7 +117,7 @@ def test_missing_truncated_and_foreign_files_are_refused(saved, tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign")
     with pytest.raises(CheckpointError, match=r"not one that Engine\.save wrote"):
         load_engine(tmp_path / "foreign")
-    nested(make("test_resnet").float(), n=2, seed=1).save(tmp_path / "net")
+    nested(model("test_resnet"), n=2, seed=1).save(tmp_path / "net")
     with pytest.raises(CheckpointError, match="holds a net, not an engine"):
         load_engine(tmp_path / "net")
 
@@ -181,7 +194,7 @@ def test_only_functional_operators_are_allowed():
 
 
 def test_operators_without_a_name_are_refused_on_saving(tmp_path):
-    engine = compile_engine(nested(make("lenet5").float(), n=2, seed=1).eval())
+    engine = engine_of("lenet5")
     node = next(n for n in engine.programs[0].module.graph.nodes if n.target is torch.ops.aten.max_pool2d.default)
     node.target = torch.ops.aten.relu_.default
     with pytest.raises(SteppingError, match=r"aten\.relu_"):
@@ -208,7 +221,7 @@ def test_plain_programs_have_no_kernels_and_the_same_scores(engine):
 
 @pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
 def test_torch_export_equals_the_engine(name, tmp_path):
-    engine = compile_engine(nested(make(name).float(), n=2, seed=1).eval())
+    engine = engine_of(name)
     manifest = engine.export(tmp_path)
     assert manifest == json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["batch"] == "dynamic" and manifest["macs"] == engine.macs and not manifest["notes"]
@@ -222,10 +235,10 @@ def test_torch_export_equals_the_engine(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
-def test_onnx_equals_the_engine(name, tmp_path, saved):
+def test_onnx_equals_the_engine(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    engine = compile_engine(nested(make(name).float(), n=2, seed=1).eval())
+    engine = engine_of(name)
     manifest = engine.export(tmp_path, "onnx")
     runners = {
         s["file"]: runtime.InferenceSession(tmp_path / s["file"], providers=["CPUExecutionProvider"])
@@ -254,8 +267,47 @@ def test_bad_export_requests(engine, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_batch_that_cannot_stay_open_is_fixed_with_a_note(tmp_path, monkeypatch):
+    engine, capture = engine_of("lenet5"), torch.export.export
+
+    def only_fixed(module, given, dynamic_shapes, **options):
+        if any(dynamic_shapes):
+            raise ValueError("the batch must be a number")
+        return capture(module, given, dynamic_shapes=dynamic_shapes, **options)
+
+    monkeypatch.setattr(torch.export, "export", only_fixed)
+    manifest = engine.export(tmp_path)
+    assert manifest["batch"] == 1 and "batch size is fixed at 1" in manifest["notes"][0]
+    assert manifest["steps"][0]["inputs"][0]["shape"] == [1, *engine.image_size]
+
+
+def test_a_net_without_increments_exports(tmp_path):
+    """Step 2 computes nothing: the scores pass through."""
+    engine = compile_engine(nested(model("lenet5"), n=2, seed=None).eval())
+    manifest, x = engine.export(tmp_path), batch(engine, 2)
+    with torch.no_grad():
+        scores = chain(manifest, x, lambda step, given: torch.export.load(tmp_path / step["file"]).module()(*given))
+    assert relative(scores[1], engine.start(x).logits) < 1e-5 and manifest["steps"][1]["macs"] == 0
+
+
 def test_command_line_exports_a_run_folder(tmp_path, capsys):
-    net = nested(make("lenet5").float(), n=2, seed=1)
+    net = nested(model("lenet5"), n=2, seed=1)
+    net.origin = describe_origin(net.model, net.analysis.image_size)
     net.save(tmp_path / "net.safetensors")
-    assert main(["export", str(tmp_path), "--output", str(tmp_path / "out"), "--batch-size", "2"]) in (0, 1)
-    print(capsys.readouterr())
+    assert main(["export", str(tmp_path), "--batch-size", "2"]) == 0
+    assert "step1.pt2, step2.pt2, manifest.json (batch size: 2)" in capsys.readouterr().out
+    folder = tmp_path / "export-torch"
+    assert {p.name for p in folder.iterdir()} == {"step1.pt2", "step2.pt2", "manifest.json"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    x = images(net.analysis.image_size, 2).float()
+    with torch.no_grad():
+        scores = chain(manifest, x, lambda step, given: torch.export.load(folder / step["file"]).module()(*given))
+        assert relative(torch.stack(scores), net.eval().forward_all(x)) < 1e-5
+    assert main(["export", str(tmp_path / "nothing")]) == 1
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_command_line_times_the_engine(capsys):
+    assert main(["bench", "engine", "lenet5", "--batch", "1", "--subnets", "2", "--turns", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(r["model"], r["batch_size"], len(r["steps"])) for r in report["results"]] == [("lenet5", 1, 2)]

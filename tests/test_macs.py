@@ -125,17 +125,13 @@ def count(model, size, analysis, levels, n):
         if layer.name.split("#")[0] == head:
             outputs = [n] * len(outputs)  # class scores read everything
         groups = getattr(module, "groups", 1)
-        exists = torch.block_diag(
-            *[torch.ones(len(outputs) // groups, len(inputs) // groups)] * groups
-        ).bool()
+        exists = torch.block_diag(*[torch.ones(len(outputs) // groups, len(inputs) // groups)] * groups).bool()
         live = exists & (torch.tensor(inputs)[None, :] <= torch.tensor(outputs)[:, None])
         if groups > 1:
             assert torch.equal(live, exists), "a group is one unit"
         for i in range(n):
             reached = (
-                torch.ones(len(outputs), dtype=torch.bool)
-                if layer.name == head
-                else torch.tensor(outputs) <= i + 1
+                torch.ones(len(outputs), dtype=torch.bool) if layer.name == head else torch.tensor(outputs) <= i + 1
             )
             here = live & reached[:, None] & (torch.tensor(inputs) <= i + 1)[None, :]
             macs[i] += positions * kernel * int(here.sum())

@@ -45,9 +45,7 @@ def test_follows_timms_conventions(name, kwargs):
     logits = model(images)
     assert features.shape[1] == model.num_features
     assert logits.shape == (2, model.num_classes)
-    assert (
-        model.num_classes == model.default_cfg["num_classes"] == kwargs.get("num_classes", model.num_classes)
-    )
+    assert model.num_classes == model.default_cfg["num_classes"] == kwargs.get("num_classes", model.num_classes)
     torch.testing.assert_close(model.forward_head(features), logits)
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
     assert model.get_classifier() is model.get_submodule(model.default_cfg["classifier"])

@@ -93,12 +93,11 @@ def test_gradients_flow_only_through_live_synapses(model):
     net.forward_all(images(image_size(model))).square().sum().backward()
     parameters = dict(net.model.named_parameters())
     direct = direct_weights(net.analysis)
-    assert direct or type(model).__name__ == "NormFreeNet", (
-        "all weights of normaliser-free nets are standardised"
-    )
-    for name in direct:
-        dead = ~net.live_mask(name, net.levels)
-        assert bool(dead.any()) and float((parameters[name].grad * dead).abs().max()) == 0, name
+    assert direct or type(model).__name__ == "NormFreeNet", "all weights of normaliser-free nets are standardised"
+    dead = {name: ~net.live_mask(name, net.levels) for name in direct}
+    assert not direct or any(bool(mask.any()) for mask in dead.values())
+    for name, mask in dead.items():
+        assert float((parameters[name].grad * mask).abs().max()) == 0, name
 
 
 @pytest.mark.slow
@@ -112,9 +111,7 @@ def test_architectures(name):
     for seed in (1, 2):
         net.set_levels(random_levels(net.analysis, 4, seed))
         report = verify(net, engine=False)
-        assert (
-            max(report.leak) < 1e-9 and min(report.response[:1]) > 1e-6 and max(report.extract_error) < 1e-10
-        )
+        assert max(report.leak) < 1e-9 and min(report.response[:1]) > 1e-6 and max(report.extract_error) < 1e-10
 
 
 # ------------------------------------------------------------------------------------ verify must be able to fail

@@ -53,9 +53,7 @@ def test_the_story_of_the_readme(model, net):
             net.active_subnet = i
             assert torch.equal(net(x), everything[i - 1])
             assert relative(net.extract(i)(x), everything[i - 1]) < 1e-10
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), (
-        "the user's model is not modified"
-    )
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "the user's model is not modified"
 
 
 def test_subnets_differ(net):
@@ -129,14 +127,21 @@ def test_half_precision_autocast_runs(model):
         assert relative(scores.float(), net.forward_all(x)) < 0.1
 
 
+def test_a_net_may_be_cast_after_conversion():
+    """Also where the model casts a resampled position embedding to the type that it had at capture."""
+    net = nested(make("test_vit"))
+    x = images(net.analysis.image_size)
+    with torch.no_grad():
+        exact = net.forward_all(x)
+        assert relative(copy.deepcopy(net).float().forward_all(x.float()), exact) < 1e-4
+
+
 def test_conversion_in_float32_and_channels_last(model):
     net = apply_steppingnet(copy.deepcopy(model).float(), [0.3, 0.8])
     x = images(net.analysis.image_size).float()
     with torch.no_grad():
         plain = net.forward_all(x)
-        packed = net.to(memory_format=torch.channels_last).forward_all(
-            x.to(memory_format=torch.channels_last)
-        )
+        packed = net.to(memory_format=torch.channels_last).forward_all(x.to(memory_format=torch.channels_last))
     assert relative(packed, plain) < 1e-4
 
 
@@ -149,9 +154,7 @@ def test_save_and_load(net, tmp_path):
     x = images(net.analysis.image_size)
     with torch.no_grad():
         assert relative(loaded.double().forward_all(x), net.forward_all(x)) < 1e-6
-    assert (
-        loaded.macs == net.macs and loaded.budgets == net.budgets and torch.equal(loaded.levels, net.levels)
-    )
+    assert loaded.macs == net.macs and loaded.budgets == net.budgets and torch.equal(loaded.levels, net.levels)
     assert loaded.reference_macs == net.reference_macs
 
 
@@ -169,9 +172,7 @@ def test_users_models_are_loaded_into_an_instance(tmp_path):
     net.save(tmp_path / "plain.safetensors")
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(
-            load(tmp_path / "plain.safetensors", Plain()).forward_all(x), net.eval().forward_all(x)
-        )
+        assert torch.equal(load(tmp_path / "plain.safetensors", Plain()).forward_all(x), net.eval().forward_all(x))
     with pytest.raises(CheckpointError, match="Pass load"):
         load(tmp_path / "plain.safetensors")
 
@@ -292,9 +293,7 @@ def test_unsuitable_models(model):
     with pytest.raises(SteppingError, match="not a model"):
         apply_steppingnet("resnet18", [0.5])
     with pytest.raises(CaptureError, match=r"No unit|no layer|classifier"):
-        apply_steppingnet(
-            nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), [0.5], example_inputs=torch.zeros(1, 3, 4, 4)
-        )
+        apply_steppingnet(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), [0.5], example_inputs=torch.zeros(1, 3, 4, 4))
 
 
 def test_data_dependent_control_flow_is_refused():
@@ -341,9 +340,7 @@ def test_construction_on_data_then_retraining():
     net = apply_steppingnet(model, [0.2, 0.5, 0.8], train_loader=loader, config=config, device="cpu")
     assert all(0.97 * b <= m <= b for m, b in zip(net.macs, net.budgets, strict=True))
     assert int(net.levels.max()) == 3, "spare units are gone"
-    history = net.fit(
-        loader, loader, TrainConfig(epochs=6, lr=0.05, device="cpu"), teacher=model, progress=False
-    )
+    history = net.fit(loader, loader, TrainConfig(epochs=6, lr=0.05, device="cpu"), teacher=model, progress=False)
     assert min(history.epochs[-1]["accuracy"]) > 0.8
     verify(net, engine=False)
 

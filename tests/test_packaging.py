@@ -45,13 +45,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (copy / "recipes" / "probes").mkdir(parents=True)
     (copy / "recipes" / "probe.yaml").write_text(PROBE_RECIPE)
     (copy / "recipes" / "probes" / "inner.yaml").write_text(PROBE_RECIPE)
-    (copy / "recipes" / "probe.json").write_text(
-        "{}"
-    )  # results are data of the repository, not of the package
+    (copy / "recipes" / "probe.json").write_text("{}")  # results are data of the repository, not of the package
     (copy / "integrations" / "probe").mkdir()
-    (copy / "integrations" / "probe" / "__init__.py").write_text(
-        "from stepping_plugin.errors import SteppingError\n"
-    )
+    (copy / "integrations" / "probe" / "__init__.py").write_text("from stepping_plugin.errors import SteppingError\n")
     return copy
 
 
@@ -79,9 +75,7 @@ def _look(folder: Path, code: str, cwd: Path) -> str:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_integrations_are_a_subpackage(
-    form: str, forms: dict[str, Path], source: Path, tmp_path: Path
-) -> None:
+def test_integrations_are_a_subpackage(form: str, forms: dict[str, Path], source: Path, tmp_path: Path) -> None:
     code = (
         "import stepping_plugin.integrations.probe as p, stepping_plugin.errors as e\n"
         "assert p.SteppingError is e.SteppingError\n"
@@ -94,9 +88,7 @@ def test_integrations_are_a_subpackage(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_recipe_is_found_as_a_resource(
-    form: str, forms: dict[str, Path], source: Path, tmp_path: Path
-) -> None:
+def test_every_recipe_is_found_as_a_resource(form: str, forms: dict[str, Path], source: Path, tmp_path: Path) -> None:
     recipes = sorted((source / "recipes").glob("**/*.yaml"))
     names = [path.relative_to(source / "recipes").as_posix() for path in recipes]
     code = (
@@ -117,9 +109,7 @@ def test_wheel_holds_the_package_and_nothing_else(forms: dict[str, Path], source
     top = {path.name for path in wheel.iterdir() if path.suffix != ".dist-info"}
     assert top == {"stepping_plugin"}
     shipped = {
-        path.relative_to(wheel / "stepping_plugin")
-        for path in wheel.glob("stepping_plugin/**/*")
-        if path.is_file()
+        path.relative_to(wheel / "stepping_plugin") for path in wheel.glob("stepping_plugin/**/*") if path.is_file()
     }
     wanted = {path.relative_to(source / "stepping_plugin") for path in source.glob("stepping_plugin/**/*.py")}
     wanted |= {path.relative_to(source) for path in source.glob("integrations/**/*.py")}
@@ -141,9 +131,7 @@ def test_metadata(forms: dict[str, Path]) -> None:
 
 def test_import_needs_only_the_standard_library(forms: dict[str, Path], tmp_path: Path) -> None:
     """So it is fast: torch and the rest load with the first public name that needs them."""
-    code = (
-        "import stepping_plugin, sys; print(stepping_plugin.SteppingError.__name__, 'torch' in sys.modules)"
-    )
+    code = "import stepping_plugin, sys; print(stepping_plugin.SteppingError.__name__, 'torch' in sys.modules)"
     assert _look(forms["wheel"], code, tmp_path).split() == ["SteppingError", "False"]
 
 
@@ -164,9 +152,7 @@ def test_public_name(name: str) -> None:
 def test_type_checkers_see_the_same_names() -> None:
     """The imports under TYPE_CHECKING and the lazy table say the same."""
     tree = ast.parse((ROOT / "stepping_plugin" / "__init__.py").read_text())
-    (block,) = (
-        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    )
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     seen = {
         alias.asname: node.module.removeprefix("stepping_plugin.")
         for node in block.body
@@ -201,9 +187,7 @@ def test_bare_integrations_is_never_imported() -> None:
 
 
 def test_errors_have_one_base() -> None:
-    classes = [
-        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)
-    ]
+    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
     assert len(classes) == 6
     assert all(issubclass(cls, errors.SteppingError) for cls in classes)
 
@@ -218,8 +202,6 @@ def test_recipe_error_lists_every_problem() -> None:
 def test_nearest_and_explain() -> None:
     assert errors.nearest("Policy ", ["budget", "policy"]) == "did you mean 'policy'?"
     assert errors.nearest("zzz", []) == "valid: nothing here"
-    text = errors.explain(
-        "unknown policy", where="config", got="x", expected="steppingnet", action="Pick one."
-    )
+    text = errors.explain("unknown policy", where="config", got="x", expected="steppingnet", action="Pick one.")
     assert text == "config: unknown policy; got x, expected steppingnet. Pick one."
     assert errors.explain("No layer has units.", action="Report it.") == "No layer has units. Report it."

@@ -136,9 +136,7 @@ def test_no_empty_layer_and_no_plug(name, policy):
             assert bool((counts[:n] > 0).all()), f"{name} has no new unit in some subnet: {counts.tolist()}"
 
 
-@pytest.mark.parametrize(
-    "name", ["test_resnet", "test_convnext"]
-)  # test_vit's heads are too coarse for a band
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])  # test_vit's heads are too coarse for a band
 def test_steppingnet_stays_in_its_band_and_keeps_the_best(name):
     analysis, macs, scores = case(name)
     budgets = parse_budgets([0.15, 0.3, 0.5], macs.total)

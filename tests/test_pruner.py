@@ -21,9 +21,7 @@ def example(model):
 
 
 def test_one_step_makes_nested_subnets(model):
-    pruner = SteppingPruner(
-        model, example(model), importance=tp.importance.GroupMagnitudeImportance(), budgets=BUDGETS
-    )
+    pruner = SteppingPruner(model, example(model), importance=tp.importance.GroupMagnitudeImportance(), budgets=BUDGETS)
     assert set(pruner.net.levels.tolist()) == {1}
     assert pruner.step() is None
     assert all(0.99 * b <= m <= b for m, b in zip(pruner.net.macs, pruner.net.budgets))
@@ -113,8 +111,6 @@ def test_heads_are_found_and_contradictions_refused():
 def test_the_users_model_is_left_alone(model):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
-    SteppingPruner(
-        model, example(model), importance=tp.importance.GroupMagnitudeImportance(), budgets=BUDGETS
-    ).step()
+    SteppingPruner(model, example(model), importance=tp.importance.GroupMagnitudeImportance(), budgets=BUDGETS).step()
     assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     model.eval()

@@ -186,10 +186,7 @@ def test_mistakes_between_and_within_keys(lines, path, text):
 
 def test_keys_without_effect_on_the_data_set_are_mistakes():
     assert "has no effect on data.name=digits" in problems(MINIMAL, "data.aa=rand-m9")[0]
-    assert (
-        "has no effect on data.name=imagefolder"
-        in problems(MINIMAL, "data.name=imagefolder", "data.shift=2")[0]
-    )
+    assert "has no effect on data.name=imagefolder" in problems(MINIMAL, "data.name=imagefolder", "data.shift=2")[0]
 
 
 def test_a_saved_net_replaces_model_name_and_budgets():

@@ -21,9 +21,7 @@ class Gate(nn.Module):
     def __init__(self, inner: nn.Module, whole: bool):
         super().__init__()
         self.inner, self.whole = inner, whole
-        width = (
-            getattr(inner, "out_channels", None) or getattr(inner, "out_features", None) or len(inner.bias)
-        )
+        width = getattr(inner, "out_channels", None) or getattr(inner, "out_features", None) or len(inner.bias)
         self.r = nn.Parameter(torch.ones(width, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,9 +101,7 @@ def group_of(net: nn.Module, module: nn.Module, idxs=None, pruning_fn=None, x=No
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(
-    "make, conv, gate", [(plain_net, 0, 0), (plain_net, 2, 2), (norm_net, 0, 1), (norm_net, 3, 4)]
-)
+@pytest.mark.parametrize("make, conv, gate", [(plain_net, 0, 0), (plain_net, 2, 2), (norm_net, 0, 1), (norm_net, 3, 4)])
 def test_scores_are_gate_gradients(make, conv, gate, bias):
     net, data = make(), batches()
     scores = accumulated(net, data, alpha=1.7, bias=bias)(group_of(net, net[conv]))
@@ -135,9 +131,7 @@ def test_gate_before_batch_norm_would_say_nothing():
     ids=["grouped", "depthwise", "transposed", "transposed grouped", "no bias"],
 )
 def test_every_kind_of_convolution(layer):
-    net = randomised(
-        nn.Conv2d(3, 4, 1), layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES)
-    )
+    net = randomised(nn.Conv2d(3, 4, 1), layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES))
     if layer.out_channels == 4:
         net[5] = nn.Linear(4, CLASSES).double()
     data = batches()
@@ -166,9 +160,7 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize(
-    "reduction, combine", [("sum", sum), ("mean", lambda t: sum(t) / len(t)), ("max", None)]
-)
+@pytest.mark.parametrize("reduction, combine", [("sum", sum), ("mean", lambda t: sum(t) / len(t)), ("max", None)])
 def test_reduction_over_the_layers_of_a_stream(reduction, combine):
     net = Residual(nn.Identity()).double()
     importance = accumulated(net, batches(), reduction=reduction)
@@ -216,9 +208,7 @@ def test_scores_belong_to_root_channels_not_to_the_layers_own():
     importance = accumulated(net, batches())
     every = importance(group_of(net, net[2]))
     # the linear layer as the root: its input 4c + p is position p of channel c
-    group = group_of(
-        net, net[5], idxs=[4 * c for c in (5, 0, 3)], pruning_fn=function.prune_linear_in_channels
-    )
+    group = group_of(net, net[5], idxs=[4 * c for c in (5, 0, 3)], pruning_fn=function.prune_linear_in_channels)
     assert torch.equal(importance(group), every[[5, 0, 3]])
 
 

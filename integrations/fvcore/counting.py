@@ -196,9 +196,7 @@ def _shape(value: Any) -> list[int]:
     sizes = value.type().sizes() if value.isCompleteTensor() else None
     if sizes is None:
         kind = value.node().kind()
-        raise SteppingError(
-            explain("an output without a static shape", where=kind, action="Give extra_handles.")
-        )
+        raise SteppingError(explain("an output without a static shape", where=kind, action="Give extra_handles."))
     return list(sizes)
 
 

@@ -35,9 +35,7 @@ def _width(base: int, width_mult: float) -> int:
     return max(1, round(base * width_mult))
 
 
-def _conv_bn(
-    in_chans: int, out_chans: int, kernel_size: int, stride: int = 1, padding: int = 0
-) -> nn.Sequential:
+def _conv_bn(in_chans: int, out_chans: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Sequential:
     """Conv with bias, batch norm, ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding),
@@ -273,9 +271,7 @@ def _init_convs(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _cfg(
-    input_size: tuple[int, int, int], num_classes: int, first_conv: str, **kwargs: Any
-) -> dict[str, Any]:
+def _cfg(input_size: tuple[int, int, int], num_classes: int, first_conv: str, **kwargs: Any) -> dict[str, Any]:
     channels = input_size[0]
     return {
         "input_size": input_size,

@@ -111,9 +111,7 @@ class SteppingImportance(tp.importance.Importance):
                 known = self._terms.get(module)
                 self._terms[module] = term if known is None else known + _checked(known, term, module)
         if not found:
-            raise SteppingError(
-                explain("no gradients to accumulate", action="Call accumulate after loss.backward().")
-            )
+            raise SteppingError(explain("no gradients to accumulate", action="Call accumulate after loss.backward()."))
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:

@@ -125,9 +125,7 @@ class SteppingPruner:
         self._plan = plan.levels
         self.notes += plan.notes
         start = torch.ones(analysis.num_units, dtype=torch.long)
-        self.net = SteppingNet(
-            owner, analysis, start, self.budgets, reference, describe_origin(model, image_size)
-        )
+        self.net = SteppingNet(owner, analysis, start, self.budgets, reference, describe_origin(model, image_size))
         self.net.notes = list(self.notes)
         self.net.train(model.training)
 
@@ -194,9 +192,7 @@ class SteppingPruner:
         return torch.where(count > 0, total / count.clamp(min=1), fallback.double())
 
 
-def _dependency_graph(
-    model: nn.Module, images: Tensor, customized: Any, unwrapped: Any
-) -> tp.DependencyGraph:
+def _dependency_graph(model: nn.Module, images: Tensor, customized: Any, unwrapped: Any) -> tp.DependencyGraph:
     modes = {m: m.training for m in model.modules()}
     try:
         with torch.enable_grad():
@@ -226,11 +222,7 @@ def _group_scores(
         scores = importance(graph.get_pruning_group(module, prune, idxs=list(range(channels))))
     except (IndexError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return None  # the toolkit's groups are wrong on some models (docs of `witness`)
-    return (
-        scores
-        if scores is not None and scores.shape == (channels,) and bool(scores.isfinite().all())
-        else None
-    )
+    return scores if scores is not None and scores.shape == (channels,) and bool(scores.isfinite().all()) else None
 
 
 def _check_heads(analysis: Analysis, num_heads: dict[str, int]) -> None:
@@ -249,14 +241,8 @@ def _check_heads(analysis: Analysis, num_heads: dict[str, int]) -> None:
             )
 
 
-def _without_ignored(
-    analysis: Analysis, scores: Tensor, ignored: Sequence[str | None]
-) -> tuple[Analysis, Tensor]:
-    made = [
-        analysis.weight_units[f"{name}.weight"][0]
-        for name in ignored
-        if f"{name}.weight" in analysis.weight_units
-    ]
+def _without_ignored(analysis: Analysis, scores: Tensor, ignored: Sequence[str | None]) -> tuple[Analysis, Tensor]:
+    made = [analysis.weight_units[f"{name}.weight"][0] for name in ignored if f"{name}.weight" in analysis.weight_units]
     if not made:
         return analysis, scores
     units = torch.unique(torch.cat(made))

@@ -138,9 +138,7 @@ class _TimeUp(SystemExit):
     """Raised inside the working thread: no Exception, so that few handlers stop it, and silent at its end."""
 
 
-def _run_limited(
-    work: Callable[[], Result], limit: float, grace: float = 2.0
-) -> tuple[Result | None, str | None]:
+def _run_limited(work: Callable[[], Result], limit: float, grace: float = 2.0) -> tuple[Result | None, str | None]:
     """Result of ``work`` and what went wrong, after at most ``limit`` seconds (plus ``grace`` to stop)."""
     outcome: list[tuple[Result | None, str | None]] = []
 

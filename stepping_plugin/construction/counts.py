@@ -100,9 +100,7 @@ class CountModel:
         self.free_out, self.free_in = macs_model.free_out.numpy(), macs_model.free_in.numpy()
         self.unit_cost = macs_model.unit_cost.numpy()[classes.first_unit].astype(np.float64)
         self.fixed, self.per_level = float(macs_model.fixed), float(macs_model.per_level)
-        self.own = (self.per_synapse[:, None] * self.out * self.inputs).sum(
-            0
-        )  # synapses of a unit with itself
+        self.own = (self.per_synapse[:, None] * self.out * self.inputs).sum(0)  # synapses of a unit with itself
         self._pairs: Array | None = None
 
     def macs(self, counts: Array, subnet: int) -> float:
@@ -112,10 +110,7 @@ class CountModel:
         inputs[:, 0] += self.free_in
         synapses = (self.per_synapse[:, None] * out * inputs.cumsum(1)).sum()
         return float(
-            synapses
-            + self.unit_cost @ counts[:, 1 : subnet + 1].sum(1)
-            + self.fixed
-            + subnet * self.per_level
+            synapses + self.unit_cost @ counts[:, 1 : subnet + 1].sum(1) + self.fixed + subnet * self.per_level
         )
 
     def _partners(self, counts: Array, subnet: int) -> Array:
@@ -125,9 +120,7 @@ class CountModel:
         """
         read = self.inputs @ counts[:, 1 : subnet + 1].sum(1) + self.free_in
         reading = self.out @ counts[:, subnet] + (self.free_out if subnet == 1 else 0)
-        return (
-            (self.per_synapse * read) @ self.out + (self.per_synapse * reading) @ self.inputs + self.unit_cost
-        )
+        return (self.per_synapse * read) @ self.out + (self.per_synapse * reading) @ self.inputs + self.unit_cost
 
     def added(self, counts: Array, subnet: int) -> Array:
         """MACs that subnet `subnet` gains by one unit of a higher level, per class (C,)."""

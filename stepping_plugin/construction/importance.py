@@ -33,9 +33,7 @@ def magnitude_scores(model: nn.Module, analysis: Analysis) -> Tensor:
     count = torch.zeros(analysis.num_units, dtype=torch.float64)
     for values, units in _magnitudes(model, analysis):
         mean = values.mean()
-        values = (
-            values / mean if float(mean) > 0 else torch.ones_like(values)
-        )  # zero-initialised: says nothing
+        values = values / mean if float(mean) > 0 else torch.ones_like(values)  # zero-initialised: says nothing
         movable = units >= 0
         total.index_add_(0, units[movable], values[movable])
         count.index_add_(0, units[movable], torch.ones_like(values[movable]))

@@ -224,8 +224,7 @@ class Planner:
         slack = budget - self.macs(subnet)
         for source in range(subnet + 1, self.n + 2):
             entering = (
-                self._class_has(self.unit_levels == source)
-                & (self._room(subnet, source, tier) > 0)[self.classes.width]
+                self._class_has(self.unit_levels == source) & (self._room(subnet, source, tier) > 0)[self.classes.width]
             )
             gain = np.where(leaving[:, None] & entering, added - saved[:, None] - self.model.pairs(), -1.0)
             gain[gain > slack] = -1.0
@@ -244,9 +243,7 @@ class Planner:
         if counts[self.read_by_head, subnet].any():
             return
         for width in np.flatnonzero(self.read_by_head & (counts[:, subnet + 1 :].sum(1) > 0)):
-            above = self._ranked(
-                (self.unit_levels > subnet) & (self.classes.width[self.classes.of_unit] == width)
-            )
+            above = self._ranked((self.unit_levels > subnet) & (self.classes.width[self.classes.of_unit] == width))
             self._move(above[np.argmax(self.scores[above])][None], subnet)
 
     # -- helpers
@@ -266,9 +263,7 @@ class Planner:
         count = np.bincount(self.unit_group[inside], minlength=size)
         group = self.unit_group[units]
         dead = total[group] == 0  # no importance at all: every unit counts the same
-        return np.where(dead, 1.0, self.scores[units]) / np.where(
-            dead, np.maximum(count[group], 1), total[group]
-        )
+        return np.where(dead, 1.0, self.scores[units]) / np.where(dead, np.maximum(count[group], 1), total[group])
 
     def _allowed(self, units: Array, quota: Array, usable: Array | None = None) -> Array:
         """Units (in order of preference) of usable classes, of every width no more than its quota."""
@@ -379,10 +374,7 @@ def _shortfall(planner: Planner, subnet: int, budget: int) -> str:
     smallest = int(np.argmin(added))
     name = planner.classes.names[planner.classes.width[smallest]]
     if added[smallest] > budget - planner.macs(subnet):
-        return (
-            text
-            + f"the smallest unit that could be added ({name}) costs {added[smallest] / budget:.1%} of it."
-        )
+        return text + f"the smallest unit that could be added ({name}) costs {added[smallest] / budget:.1%} of it."
     return text + "the other units are needed so that the larger subnets differ from it."
 
 

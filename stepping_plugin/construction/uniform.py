@@ -114,9 +114,7 @@ def uniform_band(
     width = UnitClasses(analysis, macs_model, small=len(budgets)).width_size[:, None] * shares
     lower, upper = np.floor(relative[0] * width), np.ceil(relative[1] * width)
     new = np.floor(NEW * np.diff(width, axis=1, prepend=0))
-    return Band(
-        np.maximum(lower, 1).astype(np.int64), np.maximum(upper, 1).astype(np.int64), new.astype(np.int64)
-    )
+    return Band(np.maximum(lower, 1).astype(np.int64), np.maximum(upper, 1).astype(np.int64), new.astype(np.int64))
 
 
 def needed_widening(analysis: Analysis, macs_model: MacModel, budgets: Sequence[int]) -> float:

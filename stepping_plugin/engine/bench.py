@@ -73,9 +73,7 @@ def bench_engine(
         size = tuple(model.default_cfg["input_size"])  # type: ignore[index]
         analysis = analyse(model, size, modes=(False,))
         budgets = [1] * num_subnets
-        net = SteppingNet(
-            copy.deepcopy(model), analysis, equal_levels(analysis, num_subnets), budgets, 1
-        ).eval()
+        net = SteppingNet(copy.deepcopy(model), analysis, equal_levels(analysis, num_subnets), budgets, 1).eval()
         for batch_size in batch_sizes:
             entry = bench_net(net, model, batch_size, turns=turns, seconds=seconds, compile=compile)
             results.append({"model": name, **entry})
@@ -179,9 +177,7 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     """The result of `bench_engine` as a table."""
     from rich.table import Table
 
-    title = f"Engine, {report['threads']} thread(s), medians in ms" + (
-        ", compiled" if report["compiled"] else ""
-    )
+    title = f"Engine, {report['threads']} thread(s), medians in ms" + (", compiled" if report["compiled"] else "")
     table = Table(title=title)
     for heading in (
         "model",

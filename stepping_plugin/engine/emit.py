@@ -105,9 +105,7 @@ class _Step(StepGraph):
                 self.graph.erase_node(node)
                 del self.caches[name]
         macs = sum(node.meta.get("macs", 0) for node in self.graph.nodes)
-        return StepProgram(
-            self.level, fx.GraphModule(self.root, self.graph), tuple(self.caches), tuple(outputs), macs
-        )
+        return StepProgram(self.level, fx.GraphModule(self.root, self.graph), tuple(self.caches), tuple(outputs), macs)
 
     def _keep_wanted(self) -> None:
         """Bring every cache that later steps read up to this level."""
@@ -148,11 +146,7 @@ class _Step(StepGraph):
             return self._taps(node)
         if op_name(node) in _IDENTITIES:
             return self.value(source)  # type: ignore[arg-type]
-        if (
-            node.meta.get("units") is not None
-            and self.level > 1
-            and op_name(node) in ("pad", "constant_pad_nd")
-        ):
+        if node.meta.get("units") is not None and self.level > 1 and op_name(node) in ("pad", "constant_pad_nd"):
             return self._pad_beside_units(node)
         return self._general(node)
 

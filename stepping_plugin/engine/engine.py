@@ -116,9 +116,7 @@ class Engine:
         caches.update(zip(program.outputs, results, strict=True))
         for name in program.released:
             del caches[name]
-        scores = caches[
-            SCORES
-        ].clone()  # an ordinary tensor: what is made in inference mode cannot be changed outside
+        scores = caches[SCORES].clone()  # an ordinary tensor: what is made in inference mode cannot be changed outside
         self._wait()
         self.clock.record(level, len(scores), time.perf_counter() - began)
         return scores
@@ -192,9 +190,7 @@ class Engine:
     def _check(self, x: Any) -> None:
         shape = f"(B, {', '.join(map(str, self.image_size))})"
         if not isinstance(x, Tensor):
-            raise SteppingError(
-                explain("images expected", got=type(x).__name__, expected=f"a tensor of shape {shape}")
-            )
+            raise SteppingError(explain("images expected", got=type(x).__name__, expected=f"a tensor of shape {shape}"))
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_size or not len(x):
             raise SteppingError(
                 explain(
@@ -223,9 +219,7 @@ def _checked_deadline(deadline: float | None) -> float:
     if deadline is None:
         return math.inf
     if isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or math.isnan(deadline):
-        raise SteppingError(
-            explain("not a time", where="deadline", got=deadline, expected="seconds from now, or None")
-        )
+        raise SteppingError(explain("not a time", where="deadline", got=deadline, expected="seconds from now, or None"))
     return float(deadline)
 
 
@@ -242,9 +236,7 @@ def bind(module: Any) -> Callable[..., tuple[Tensor, ...]]:
 # ------------------------------------------------------------------------------------------------- compiling
 
 
-def compile_engine(
-    net: SteppingNet, *, compile: bool | Mapping[str, Any] = False, in_place: bool = True
-) -> Engine:
+def compile_engine(net: SteppingNet, *, compile: bool | Mapping[str, Any] = False, in_place: bool = True) -> Engine:
     """Compile the step programs of a net.
 
     Args:

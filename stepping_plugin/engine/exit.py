@@ -72,9 +72,7 @@ def as_rule(until: Any) -> ExitRule | None:
         raise SteppingError(explain("not a rule to stop by", where="until", got=until, expected=expected))
     for name in until:
         if name not in _RULES:
-            raise SteppingError(
-                explain(f"unknown rule {name!r}", where="until", action=nearest(name, _RULES))
-            )
+            raise SteppingError(explain(f"unknown rule {name!r}", where="until", action=nearest(name, _RULES)))
     rules = [_RULES[name](threshold) for name, threshold in until.items()]
     return lambda scores: torch.stack([rule(scores) for rule in rules]).any(0)
 
@@ -83,11 +81,7 @@ def stop_now(rule: ExitRule, scores: Tensor) -> Tensor:
     """Apply a rule and check what it returns: BoolTensor (B,)."""
     result = rule(scores)
     if not isinstance(result, Tensor) or result.dtype != torch.bool or result.shape != scores.shape[:1]:
-        got = (
-            f"{result.dtype} of shape {tuple(result.shape)}"
-            if isinstance(result, Tensor)
-            else type(result).__name__
-        )
+        got = f"{result.dtype} of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise SteppingError(
             explain(
                 "the rule returned no decision per sample",
@@ -104,12 +98,8 @@ def _wide(scores: Tensor) -> Tensor:
 
 
 def _checked(name: str, threshold: Any, low: float, high: float) -> float:
-    valid = (
-        isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and low <= threshold <= high
-    )
+    valid = isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and low <= threshold <= high
     if not valid:
-        expected = (
-            f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number of at least {low:g}"
-        )
+        expected = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number of at least {low:g}"
         raise SteppingError(explain("threshold out of range", where=name, got=threshold, expected=expected))
     return float(threshold)

@@ -1,8 +1,8 @@
-"""Engines as files: one safetensors file with the constants of all step programs and a JSON description of their graphs.
+"""Engines as files: one safetensors file with the constants of all step programs and their graphs as JSON.
 
-Nothing in the file is executed. A graph is rebuilt node by node, and a node may only call an operator of a fixed list:
-functional ATen operators that the package knows, `getitem`, `mul` of sizes, and the functions in `engine.kernels`. Names
-that end up in generated code (inputs, constants) are made here, never taken from the file.
+Nothing in the file is executed. A graph is rebuilt node by node, and a node may only call an operator of a fixed
+list: functional ATen operators that the package knows, `getitem`, `mul` of sizes, and the functions in
+`engine.kernels`. Names that end up in generated code are made or checked here, never taken over as they are.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 got=header.get("version"),
                 expected=str(VERSION),
                 action="Update stepping-plugin.",
-            )  # fmt: skip
+            )
         )
     return header, tensors
 
@@ -305,7 +305,7 @@ class _Reader:
                     where=f"step {self.level}",
                     got=entry["target"],
                     action="The file is foreign, or written by another version; save the engine again.",
-                )  # fmt: skip
+                )
             )
         if target is operator.mul and not all(isinstance(a, (fx.Node, int)) for a in args):
             raise ValueError("mul of something that is no size")

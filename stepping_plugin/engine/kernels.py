@@ -46,9 +46,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Linear layer on the last axis, as one matrix product even where x is a range of a wider tensor."""
-    return torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(
-        *x.shape[:-1], weight.shape[0]
-    )
+    return torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def begin_prefix(first: Tensor, axis: int, width: int) -> Tensor:

@@ -35,9 +35,7 @@ class Plan:
     ) -> None:
         self.channels_last = channels_last
         self.program = fold_batch_norms(program)
-        self.device = next(
-            (lookup(n.meta["tensor"]).device for n in program.tensor_nodes()), torch.device("cpu")
-        )
+        self.device = next((lookup(n.meta["tensor"]).device for n in program.tensor_nodes()), torch.device("cpu"))
         self.levels, self.num_subnets, self.lookup = levels, num_subnets, lookup
         self._statics: dict[fx.Node, Tensor] = {}
         self._positions: dict[tuple[fx.Node, int], Tensor] = {}
@@ -115,9 +113,7 @@ def fold_batch_norms(program: Program) -> Program:
     graph.output(output)
     for old, new in mapped.items():
         new.meta = dict(old.meta)
-    folded = Program(
-        graph, mapped[program.image], program.training, dict(program.constants), list(program.mutations)
-    )
+    folded = Program(graph, mapped[program.image], program.training, dict(program.constants), list(program.mutations))
     for node in list(graph.nodes):
         if node.op == "call_function" and op_name(node) == "batch_norm" and not is_static(node):
             _fold(graph, node)
@@ -138,9 +134,7 @@ def _fold(graph: fx.Graph, norm: fx.Node) -> None:
     transposed = "transpose" in op_name(source)
     groups = 1 if channels_last else call_arg(source, "groups", 1)
     with graph.inserting_before(source):
-        new_weight = graph.call_function(
-            folded_weight, (weight, scale, variance, eps, groups if transposed else 0)
-        )
+        new_weight = graph.call_function(folded_weight, (weight, scale, variance, eps, groups if transposed else 0))
         new_bias = graph.call_function(folded_bias, (bias, scale, shift, mean, variance, eps))
     new_weight.meta = {**weight.meta, "static": True}  # type: ignore[union-attr]
     new_bias.meta = {"shape": (norm.meta["shape"][1],), "dtype": weight.meta["dtype"], "static": True}  # type: ignore[union-attr]
@@ -156,9 +150,7 @@ def _norm_scale(scale: Tensor | None, variance: Tensor, eps: float) -> Tensor:
     return factor if scale is None else factor * scale.double()
 
 
-def folded_weight(
-    weight: Tensor, scale: Tensor | None, variance: Tensor, eps: float, transposed_groups: int
-) -> Tensor:
+def folded_weight(weight: Tensor, scale: Tensor | None, variance: Tensor, eps: float, transposed_groups: int) -> Tensor:
     """Weight times gamma / sqrt(variance + eps) of its output channel, computed in float64.
 
     Args:

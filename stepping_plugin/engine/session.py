@@ -74,9 +74,7 @@ class Session:
     def cache_bytes(self) -> int:
         """Memory that the session holds for further steps."""
         return sum(
-            {
-                c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in self._caches.values()
-            }.values()
+            {c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in self._caches.values()}.values()
         )
 
     # ------------------------------------------------------------------------------------------ acting
@@ -124,14 +122,8 @@ class Session:
     def _checked_mask(self, mask: Tensor) -> Tensor:
         size = self.batch_size
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (size,):
-            got = (
-                f"{mask.dtype} of shape {tuple(mask.shape)}"
-                if isinstance(mask, Tensor)
-                else type(mask).__name__
-            )
-            raise SteppingError(
-                explain("wrong mask", where="keep", got=got, expected=f"torch.bool of shape ({size},)")
-            )
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise SteppingError(explain("wrong mask", where="keep", got=got, expected=f"torch.bool of shape ({size},)"))
         if not bool(mask.any()):
             raise SteppingError("keep: the mask keeps no sample. Drop the session instead.")
         return mask.to(self._history[-1].device)

@@ -68,11 +68,7 @@ class StepGraph(Operands):
         """A constant of the program."""
         if key not in self.tensors:
             name = f"t{len(self.tensors)}"
-            layout = (
-                torch.channels_last
-                if self.plan.channels_last and value.dim() == 4
-                else torch.contiguous_format
-            )
+            layout = torch.channels_last if self.plan.channels_last and value.dim() == 4 else torch.contiguous_format
             self.root.register_buffer(name, value.detach().clone(memory_format=layout))
             self.tensors[key] = self.graph.get_attr(name)
         return self.tensors[key]
@@ -137,9 +133,7 @@ class StepGraph(Operands):
     def batch(self, factor: int) -> fx.Node:
         if factor not in self.batches:
             if 1 not in self.batches:
-                anchor = (
-                    self.cache(IMAGE, self.plan.program.image) if self.level == 1 else self._previous_scores()
-                )
+                anchor = self.cache(IMAGE, self.plan.program.image) if self.level == 1 else self._previous_scores()
                 with self.graph.inserting_after(anchor):
                     self.batches[1] = self.graph.call_function(aten.sym_size.int, (anchor, 0))
             if factor != 1:
@@ -179,11 +173,7 @@ class StepGraph(Operands):
         cached = self.cache(name, node)
         grows_later = len(self.plan.prefix_positions(node, self.last_reader(name))) > before
         if not is_new:
-            return (
-                self.call(aten.slice.Tensor, cached, axis, 0, before)
-                if self.in_place and grows_later
-                else cached
-            )
+            return self.call(aten.slice.Tensor, cached, axis, 0, before) if self.in_place and grows_later else cached
         if not self.in_place:
             value = self.call(aten.cat.default, [cached, self.values[node]], axis)
             self.keep(name, value, node)

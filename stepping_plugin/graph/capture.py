@@ -137,9 +137,7 @@ class _Canonicaliser:
                 if "shape" in node.meta:
                     static_value(node, program.constants.__getitem__, memo)
         anchor = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
-        for node in [
-            n for n in self.graph.nodes if n in fixed and n.op == "call_function" and "shape" in n.meta
-        ]:
+        for node in [n for n in self.graph.nodes if n in fixed and n.op == "call_function" and "shape" in n.meta]:
             if all(user in fixed for user in node.users):
                 continue
             name = f"constant.{node.name}"
@@ -170,9 +168,7 @@ class _Canonicaliser:
         for node in sorted(nodes, key=lambda n: n.name in names):  # the image comes first
             if node.name not in names:
                 if self.has_image:
-                    raise CaptureError(
-                        "The model takes several inputs; one image batch (B, C, H, W) is supported."
-                    )
+                    raise CaptureError("The model takes several inputs; one image batch (B, C, H, W) is supported.")
                 self.has_image = True
                 self.program.image = self.values[node] = self._new_placeholder("x", node)
                 continue
@@ -233,6 +229,8 @@ class _Canonicaliser:
         elif name == "native_dropout":
             x, p, _ = node.args
             self.values[node] = self._emit(aten.dropout.default, (self.values[x], p, True), {}, _first(node))
+        elif name == "_to_copy" and (anchor := self._cast_back(node)) is not None:
+            self.values[node] = self._emit(aten.type_as.default, (self.values[node.args[0]], anchor), {}, node)
         elif name in _FACTORIES and _depends_on_batch(node.args):
             args, kwargs = self._arguments(node)
             kwargs.pop("device", None)
@@ -244,6 +242,18 @@ class _Canonicaliser:
             target = aten.reshape.default if name in ("view", "_unsafe_view") else node.target
             self.values[node] = self._emit(target, args, kwargs, node)
         # what is left has several outputs and is written when an output is taken
+
+    def _cast_back(self, node: fx.Node) -> fx.Node | None:
+        """The parameter to whose type a value made from it is cast (a resampled position embedding), if that is all.
+
+        The type of the capture must not be baked in: the net may be cast later.
+        """
+        source = self.values[node.args[0]]
+        while source.op == "call_function" and len(source.all_input_nodes) == 1:
+            source = source.all_input_nodes[0]
+        changes_only_type = set(node.kwargs) <= {"dtype"}
+        is_parameter = source.op == "placeholder" and source.meta.get("tensor") in self.own
+        return source if changes_only_type and is_parameter and source.meta["dtype"] == node.kwargs["dtype"] else None
 
     def _getitem(self, node: fx.Node) -> None:
         source, index = node.args
@@ -329,9 +339,7 @@ class _Canonicaliser:
         if isinstance(value, Tensor):
             created.meta["shape"] = tuple(s // BATCH if s and s % BATCH == 0 else int(s) for s in value.shape)
             created.meta["dtype"] = value.dtype
-            created.meta["batch_axis"] = next(
-                (d for d, s in enumerate(value.shape) if s and s % BATCH == 0), None
-            )
+            created.meta["batch_axis"] = next((d for d, s in enumerate(value.shape) if s and s % BATCH == 0), None)
         stack = origin.meta.get("nn_module_stack") or {}
         created.meta["module"] = next(reversed(stack.values()))[0].replace("L['self'].", "") if stack else ""
         created.meta["code"] = origin.meta.get("stack_trace", "")
@@ -356,6 +364,4 @@ def _mark_static(program: Program) -> None:
             inputs = list(flat_nodes((node.args, tuple(node.kwargs.values()))))
             random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             made_of_batch = any("batch" in n.meta for n in inputs)
-            node.meta["static"] = (
-                not random and not made_of_batch and all(n.meta.get("static") for n in inputs)
-            )
+            node.meta["static"] = not random and not made_of_batch and all(n.meta.get("static") for n in inputs)

@@ -68,9 +68,7 @@ class Operands(ABC):
         if not isinstance(node, fx.Node) or node.meta.get("units") is None:
             return False
         positions = self.positions(node)
-        return len(positions) != len(node.meta["units"]) or not torch.equal(
-            positions, torch.arange(len(positions))
-        )
+        return len(positions) != len(node.meta["units"]) or not torch.equal(positions, torch.arange(len(positions)))
 
     def any_value(self, node: fx.Node) -> fx.Node:
         """An operand as it is: computed, static or an integer."""
@@ -129,11 +127,7 @@ class Operands(ABC):
 
     def _product_operand(self, operand: fx.Node, node: fx.Node) -> fx.Node:
         """Units of a matrix product lie on a leading axis (heads) or on the axis that is not contracted."""
-        if (
-            is_static(operand)
-            and node.meta["axis"] is not None
-            and node.meta["axis"] >= len(node.meta["shape"]) - 2
-        ):
+        if is_static(operand) and node.meta["axis"] is not None and node.meta["axis"] >= len(node.meta["shape"]) - 2:
             return self.any_value(operand)
         return self.aligned(operand, node) if node.meta["units"] is not None else self.any_value(operand)
 
@@ -211,8 +205,7 @@ class Operands(ABC):
                 self.batch(count) if isinstance(entry, fx.Node) else count
             )  # batch and units may share an axis
         sizes = [
-            self.batch(s.meta["batch"]) if isinstance(s, fx.Node) and s in node.all_input_nodes else s
-            for s in sizes
+            self.batch(s.meta["batch"]) if isinstance(s, fx.Node) and s in node.all_input_nodes else s for s in sizes
         ]
         value = self.any_value(source)
         if name == "expand" and source.meta.get("units") is None and self.changed(node):

@@ -51,11 +51,7 @@ class Program:
 
     def operators(self) -> Iterator[fx.Node]:
         """Operator nodes that depend on the image."""
-        return (
-            n
-            for n in self.graph.nodes
-            if n.op == "call_function" and not is_static(n) and "batch" not in n.meta
-        )
+        return (n for n in self.graph.nodes if n.op == "call_function" and not is_static(n) and "batch" not in n.meta)
 
 
 def op_name(node: fx.Node) -> str:
@@ -114,9 +110,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def static_value(
-    node: fx.Node, lookup: Callable[[str], Tensor], memo: dict[fx.Node, Tensor] | None = None
-) -> Tensor:
+def static_value(node: fx.Node, lookup: Callable[[str], Tensor], memo: dict[fx.Node, Tensor] | None = None) -> Tensor:
     """Evaluate a static node.
 
     Args:

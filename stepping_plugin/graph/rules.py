@@ -149,10 +149,7 @@ def concatenate(labels: Labels, node: fx.Node) -> Tensor | None:
     if elsewhere and not any(part.shape[dim] > 1 for part in parts) and not stacked:
         return labels.join(parts, rank)  # pieces along the token axis: all carry the channels' labels
     widths = [max(part.shape[d] for part in parts) for d in range(rank)]
-    spread = [
-        p.expand([s if d == dim else widths[d] for d in range(rank)])
-        for p, s in zip(parts, sizes, strict=True)
-    ]
+    spread = [p.expand([s if d == dim else widths[d] for d in range(rank)]) for p, s in zip(parts, sizes, strict=True)]
     return compress(torch.cat(spread, dim))
 
 
@@ -375,9 +372,7 @@ def _head(labels: Labels, node: fx.Node, label: Tensor, axis: int, groups: int) 
 def _channels(labels: Labels, node: fx.Node, label: Tensor, axis: int) -> Tensor:
     weight: fx.Node = node.args[1]
     entry = labels.weight(weight_key(weight), shape_of(node)[axis])
-    inputs = label.expand(
-        [shape_of(node.args[0])[d] if d == axis else 1 for d in range(label.dim())]
-    ).flatten()
+    inputs = label.expand([shape_of(node.args[0])[d] if d == axis else 1 for d in range(label.dim())]).flatten()
     if entry.inputs is None:
         entry.inputs = inputs
     else:  # call sites of one weight share their units
@@ -395,11 +390,7 @@ def _convolution_beside_units(labels: Labels, node: fx.Node, label: Tensor) -> T
     if all(weight_shape[d] == 1 for d in along) and shape_of(node)[2:] == shape_of(node.args[0])[2:]:
         labels.role[node] = Role.CARRIED
         return label
-    if (
-        op_name(node) == "conv1d"
-        and tuple(weight_shape[:2]) == (1, 1)
-        and shape_of(node) == shape_of(node.args[0])
-    ):
+    if op_name(node) == "conv1d" and tuple(weight_shape[:2]) == (1, 1) and shape_of(node) == shape_of(node.args[0]):
         labels.role[node] = Role.TAPS
         return label
     return None
@@ -408,9 +399,7 @@ def _convolution_beside_units(labels: Labels, node: fx.Node, label: Tensor) -> T
 def _join_groups(labels: Labels, label: Tensor, groups: int, inputs: int, outputs: int) -> Tensor:
     """Labels (1, inputs, ...) joined inside each of `groups` channel groups, as labels of `outputs` channels."""
     rest = list(label.shape[2:])
-    grouped = label.expand(label.shape[0], inputs, *rest).reshape(
-        label.shape[0], groups, inputs // groups, *rest
-    )
+    grouped = label.expand(label.shape[0], inputs, *rest).reshape(label.shape[0], groups, inputs // groups, *rest)
     joined = labels.sets.find(labels.merge(grouped, [2]))
     spread = joined.expand(-1, groups, outputs // groups, *rest)
     return spread.reshape(label.shape[0], outputs, *rest)

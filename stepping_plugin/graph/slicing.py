@@ -40,9 +40,7 @@ def repeated_positions(units: Tensor, copies: Tensor) -> Tensor:
         return torch.nonzero(count).flatten()
     starts = torch.cat([torch.tensor([True]), units[1:] != units[:-1]]).nonzero().flatten()
     ends = torch.cat([starts[1:], torch.tensor([len(units)])])
-    runs = [
-        torch.arange(a, b).repeat(int(count[a])) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
-    ]
+    runs = [torch.arange(a, b).repeat(int(count[a])) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
     return torch.cat(runs)
 
 
@@ -85,9 +83,7 @@ class _Slicer(Operands):
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.batches: dict[int, fx.Node] = {}
-        self.result = Program(
-            self.graph, None, program.training, dict(program.constants), list(program.mutations)
-        )  # type: ignore[arg-type]
+        self.result = Program(self.graph, None, program.training, dict(program.constants), list(program.mutations))  # type: ignore[arg-type]
         self._positions: dict[fx.Node, Tensor] = {}
 
     def run(self) -> Program:
@@ -198,9 +194,7 @@ def _fold_parameter_slices(programs: dict[bool, Program]) -> dict[str, Parameter
         for node in program.tensor_nodes():
             found = uses.setdefault(node.meta["tensor"], set())
             found.update(user.args[1] if user.target is take else None for user in node.users)
-    slices = {
-        name: ParameterSlice(next(iter(f))) for name, f in uses.items() if len(f) == 1 and None not in f
-    }
+    slices = {name: ParameterSlice(next(iter(f))) for name, f in uses.items() if len(f) == 1 and None not in f}
     for program in programs.values():
         for node in [n for n in program.graph.nodes if n.target is take]:
             source: fx.Node = node.args[0]  # type: ignore[assignment]

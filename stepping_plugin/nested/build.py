@@ -99,9 +99,7 @@ class _Builder:
 
     def levels(self, units: Tensor) -> fx.Node:
         """Input that holds the levels of these units."""
-        key = next(
-            (k for k, v in self.level_vectors.items() if torch.equal(v, units)), str(len(self.level_vectors))
-        )
+        key = next((k for k, v in self.level_vectors.items() if torch.equal(v, units)), str(len(self.level_vectors)))
         self.level_vectors[key] = units
         return self._input("levels", key)
 
@@ -170,12 +168,8 @@ class _Builder:
             return self.per_level[source][0]
         axis = node.meta["axis"] - len(node.meta["shape"]) + len(source.meta["shape"])
         if axis < 0:
-            raise AssertionError(
-                f"{node}: a value per level cannot be broadcast over the units of {op_name(node)}"
-            )
-        return self.call(
-            functional.pick_levels, self.per_level[source], self.levels(node.meta["units"]), axis
-        )
+            raise AssertionError(f"{node}: a value per level cannot be broadcast over the units of {op_name(node)}")
+        return self.call(functional.pick_levels, self.per_level[source], self.levels(node.meta["units"]), axis)
 
     def _once_per_level(self, node: fx.Node) -> None:
         results = []

@@ -93,9 +93,7 @@ class NestedModule(nn.Module):
                 )
             )
         if self.training not in self._graphs:
-            raise SteppingError(
-                "This net holds no graph for train mode: it was made for inference. Call eval() first."
-            )
+            raise SteppingError("This net holds no graph for train mode: it was made for inference. Call eval() first.")
         graph = self._graphs[self.training]
         result, *mutated = graph.module(x, *self._tensors(graph, self.training))
         with torch.no_grad():
@@ -160,9 +158,5 @@ def sliced_copy(model: nn.Module, slices: dict[str, ParameterSlice]) -> nn.Modul
     for name, piece in slices.items():
         tensor = tensors[name]
         value = piece.apply(tensor.detach()).clone()
-        made[id(tensor)] = (
-            nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-        )
-    return copy.deepcopy(
-        model, made
-    )  # the memo makes the copy take these tensors instead of copying the originals
+        made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(model, made)  # the memo makes the copy take these tensors instead of copying the originals

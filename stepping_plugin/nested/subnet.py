@@ -43,9 +43,7 @@ def extract_subnet(model: nn.Module, analysis: Analysis, levels: Tensor, subnet:
             tensors[name].mul_(result.live_mask(name, levels[kept]).to(tensors[name].device))
     for buffer in [b for b in result._buffers if b.startswith("_mask_")]:
         if not any(
-            kind == "mask" and result._masks[name] == buffer
-            for g in result._graphs.values()
-            for kind, name in g.inputs
+            kind == "mask" and result._masks[name] == buffer for g in result._graphs.values() for kind, name in g.inputs
         ):
             del result._buffers[buffer]
     return result

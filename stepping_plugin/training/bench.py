@@ -109,8 +109,6 @@ def training_table(rows: Sequence[dict[str, Any]]) -> Table:
     for column in ("model", "pixels", "batch", "plain", "joint, N subnets", "N separate steps"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
-        shown = [
-            f"{row['ratio'][k]:.2f} ({row['milliseconds'][k]:.1f})" for k in ("plain", "joint", "separate")
-        ]
+        shown = [f"{row['ratio'][k]:.2f} ({row['milliseconds'][k]:.1f})" for k in ("plain", "joint", "separate")]
         table.add_row(row["model"], str(row["img_size"]), str(row["batch_size"]), *shown)
     return table

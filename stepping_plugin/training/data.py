@@ -73,9 +73,7 @@ class DataBundle:
         """(C, H, W)."""
         return self.in_chans, self.img_size, self.img_size
 
-    def loader(
-        self, part: str, batch_size: int, *, seed: int = 0, rank: int = 0, world: int = 1
-    ) -> EpochLoader:
+    def loader(self, part: str, batch_size: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> EpochLoader:
         """Loader of "train" (shuffled, augmented), "val" or "test" (in order, as they are, none twice)."""
         data = {"train": self.train, "val": self.val, "test": self.test}[part]
         return EpochLoader(data, batch_size, train=part == "train", seed=seed, rank=rank, world=world)
@@ -191,9 +189,7 @@ def _check_channels(cfg: DataConfig, channels: int, mean: Sequence[float], std: 
     for key, values in (("data.mean", mean), ("data.std", std)):
         if len(values) != channels:
             expected = f"{channels} values, one per channel of {cfg.name}"
-            raise SteppingError(
-                explain("wrong number of channels", where=key, got=list(values), expected=expected)
-            )
+            raise SteppingError(explain("wrong number of channels", where=key, got=list(values), expected=expected))
 
 
 def _digits(cfg: DataConfig) -> tuple[Pictures, Pictures]:
@@ -283,9 +279,7 @@ def _image_folders(cfg: DataConfig) -> tuple[Any, Any]:
     from timm.data import create_dataset
 
     if cfg.root is None:
-        raise SteppingError(
-            "data.name=imagefolder needs data.root=FOLDER with train/CLASS/*.jpg and val/CLASS/*.jpg"
-        )
+        raise SteppingError("data.name=imagefolder needs data.root=FOLDER with train/CLASS/*.jpg and val/CLASS/*.jpg")
     folders = [_subfolder(Path(cfg.root), ("train",)), _subfolder(Path(cfg.root), ("val", "validation"))]
     try:
         train, test = (create_dataset("", root=str(folder), search_split=False) for folder in folders)
@@ -330,9 +324,7 @@ def _on_disk(cfg: DataConfig, model_name: str | None, train: Any, test: Any) -> 
         **norm,
         **chosen,
     )
-    eval_transform = create_transform(
-        size, interpolation=config["interpolation"], crop_pct=config["crop_pct"], **norm
-    )
+    eval_transform = create_transform(size, interpolation=config["interpolation"], crop_pct=config["crop_pct"], **norm)
     order = torch.randperm(len(train), generator=seeded_generator("split", cfg.split_seed))
     held = round((cfg.val_fraction or 0) * len(train))
     kept = _limited(order[held:], cfg).tolist()
@@ -355,7 +347,5 @@ def _count_classes(cfg: DataConfig, dataset: Any) -> int:
     known = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
     count = cfg.num_classes or len(known or ())
     if not count:
-        raise SteppingError(
-            f"data set {cfg.name!r} does not tell its number of classes: pass data.num_classes=COUNT"
-        )
+        raise SteppingError(f"data set {cfg.name!r} does not tell its number of classes: pass data.num_classes=COUNT")
     return count

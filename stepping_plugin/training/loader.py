@@ -67,13 +67,9 @@ class EpochSampler:
         even: bool = True,
     ) -> None:
         if length < 1:
-            raise SteppingError(
-                "the data set is empty: there is nothing to load. Check data.root and data.name."
-            )
+            raise SteppingError("the data set is empty: there is nothing to load. Check data.root and data.name.")
         if not 0 <= rank < world:
-            raise SteppingError(
-                explain("bad rank", got=f"rank {rank} of {world}", expected="0 <= rank < world")
-            )
+            raise SteppingError(explain("bad rank", got=f"rank {rank} of {world}", expected="0 <= rank < world"))
         order = torch.arange(length)
         if shuffle:
             order = torch.randperm(length, generator=seeded_generator("order", seed, epoch))
@@ -260,9 +256,7 @@ class EpochLoader:
         world: int = 1,
     ) -> None:
         if batch_size < 1:
-            raise SteppingError(
-                explain("bad batch size", got=batch_size, expected="a whole number from 1 up")
-            )
+            raise SteppingError(explain("bad batch size", got=batch_size, expected="a whole number from 1 up"))
         self.dataset = data
         self.batch_size = batch_size
         self.train = train
@@ -289,9 +283,7 @@ class EpochLoader:
         indices = list(self._sampler(self.epoch))
         starts = range(self.step * self.batch_size, self.num_batches * self.batch_size, self.batch_size)
         chunks = [indices[start : start + self.batch_size] for start in starts]
-        yield from self.dataset.batches(
-            EpochPlan(chunks, self.seed, self.epoch, self.step, self.rank, self.world)
-        )
+        yield from self.dataset.batches(EpochPlan(chunks, self.seed, self.epoch, self.step, self.rank, self.world))
         self.set_epoch(self.epoch + 1)
 
     def stream(self, step: int = 0) -> Iterator[Batch]:
