@@ -23,12 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stepping_plugin.errors import CheckpointError, SteppingError
 from stepping_plugin.net import SteppingNet
-from stepping_plugin.training.checkpoint import (
-    load_checkpoint,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-)
+from stepping_plugin.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from stepping_plugin.training.loop import CHECKPOINT, LOG, TrainConfig, Trainer, evaluate, fit
 from stepping_plugin.training.losses import SubnetLoss, cross_entropy
 from stepping_plugin.training.suppression import Suppression
