@@ -14,6 +14,7 @@ from .construction.flow import Construction, start_network
 from .construction.importance import magnitude_scores
 from .construction.policies import assign
 from .errors import CaptureError, SteppingError, explain
+from .graph.program import cached_results
 from .integrations.fvcore import count_macs
 from .levels import parse_budgets
 from .macs import MacModel
@@ -24,6 +25,7 @@ from .witness import find_units
 __all__ = ["apply_steppingnet", "check_model", "reference_notes"]
 
 
+@torch.inference_mode(False)  # the net's tensors must be ordinary ones, wherever it is made
 def apply_steppingnet(
     model: nn.Module,
     budgets: Sequence[float | int | str],
@@ -168,11 +170,11 @@ def _check_precision(model: nn.Module) -> None:
 
 def _private_copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {**cached_results(model)})
     except Exception as error:
         raise SteppingError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). A model that keeps results "
-            "of a forward pass (caches) has to be copied before it is called, or called under torch.no_grad()."
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass a "
+            "model that copy.deepcopy can copy, for example a freshly built one with its weights loaded."
         ) from error
 
 

@@ -136,6 +136,24 @@ def test_a_net_may_be_cast_after_conversion():
         assert relative(copy.deepcopy(net).float().forward_all(x.float()), exact) < 1e-4
 
 
+def test_models_that_were_used_before():
+    """Cached results of a forward pass (LeViT keeps its biases), frozen parameters, inference mode: no matter."""
+    model = timm.create_model("levit_128s", num_classes=4).eval()
+    model(torch.zeros(1, 3, 224, 224))
+    net = apply_steppingnet(model, [0.3, 0.5])
+    assert "blocks" in " ".join(net.analysis.param_units), "biases per head are parameters, not constants"
+    assert any(name.endswith("attention_biases") for name in net.analysis.param_units)
+    frozen = timm.create_model("test_resnet", num_classes=4)
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    with torch.inference_mode():
+        net = apply_steppingnet(frozen, [0.3, 0.5])
+    assert not any(p.requires_grad or p.is_inference() for p in net.parameters())
+    session = net.deploy().start(torch.zeros(1, 3, 160, 160))
+    session.step()
+    assert session.macs == net.macs[-1]
+
+
 def test_conversion_in_float32_and_channels_last(model):
     net = apply_steppingnet(copy.deepcopy(model).float(), [0.3, 0.8])
     x = images(net.analysis.image_size).float()

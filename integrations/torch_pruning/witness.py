@@ -22,7 +22,7 @@ import ctypes
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from stepping_plugin.graph.program import cached_results
 from stepping_plugin.integrations.torch_pruning.walk import Walk
 
 __all__ = ["ToolkitCouplings", "toolkit_couplings"]
@@ -117,21 +118,10 @@ def _traceable_copy(model: nn.Module) -> nn.Module:
         data = parameter.detach()
         data = data.clone() if data.is_inference() else data
         memo[id(parameter)] = nn.Parameter(data, requires_grad=data.is_floating_point() or data.is_complex())
-    for module in model.modules():
-        for tensor in _tensors_in(vars(module)):  # cached results of an earlier forward cannot be deep-copied
-            if id(tensor) not in memo and (not tensor.is_leaf or tensor.is_inference()):
-                memo[id(tensor)] = tensor.detach().clone()
+    memo = {**cached_results(model), **memo}
     # train() first: modules that cache for inference (LeViT's biases) drop it then; a cache hides its
     # parameters.
     return copy.deepcopy(model, memo).train().eval()
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple, set)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
 
 
 class _TimeUp(SystemExit):

@@ -292,4 +292,4 @@ def _watch(net: SteppingNet) -> Callable[[], str | None]:
 
 def _state(net: SteppingNet) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
     tensors = [*net.model.parameters(), *net.model.buffers()]
-    return net.levels.tolist(), [(t.data_ptr(), t._version) for t in tensors]
+    return net.levels.tolist(), [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

@@ -45,6 +45,7 @@ def capture(model: nn.Module, image_size: tuple[int, ...], training: bool = Fals
         CaptureError: the tracer cannot follow the model (data-dependent control flow, several outputs, ...).
     """
     modes = {m: m.training for m in model.modules()}
+    model.train()  # lets modules drop what they keep for inference: a cached table would hide its parameters
     model.train(training)
     for module, flag in modes.items():  # a part that the user froze stays frozen in train mode
         if training and modes[model]:
@@ -52,6 +53,7 @@ def capture(model: nn.Module, image_size: tuple[int, ...], training: bool = Fals
     try:
         exported = _export(model, image_size)
     finally:
+        model.train()  # drops the tracer's fake tensors
         for module, flag in modes.items():
             module.training = flag
     return _Canonicaliser(exported, model, training).run()

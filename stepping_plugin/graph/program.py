@@ -110,6 +110,27 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def cached_results(model: nn.Module) -> dict[int, Tensor]:
+    """Detached copies of results that modules keep from an earlier forward pass, by id: a memo for `copy.deepcopy`.
+
+    deepcopy refuses tensors with a gradient history, and LeViT's attention keeps such ones.
+    """
+    memo: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensor in _tensors_in(vars(module)):
+            if not tensor.is_leaf or tensor.is_inference():
+                memo.setdefault(id(tensor), tensor.detach().clone())
+    return memo
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple, set)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
+
+
 def static_value(node: fx.Node, lookup: Callable[[str], Tensor], memo: dict[fx.Node, Tensor] | None = None) -> Tensor:
     """Evaluate a static node.
 
