@@ -37,7 +37,7 @@ def test_shipped_recipes_are_valid_and_tell_how_to_run_them(name):
     assert all(line.startswith("#") for line in header.splitlines())
 
 
-def test_the_recipes_of_the_issue_are_there():
+def test_the_promised_recipes_are_there():
     expected = {
         "digits",
         "fashion_mnist_lenet5",
