@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from .construction.flow import Construction, start_network
 from .construction.importance import magnitude_scores
 from .construction.policies import assign
 from .errors import CaptureError, SteppingError, explain
-from .graph.program import cached_results
+from .graph.program import copy_model
 from .integrations.fvcore import count_macs
 from .levels import parse_budgets
 from .macs import MacModel
@@ -170,7 +169,7 @@ def _check_precision(model: nn.Module) -> None:
 
 def _private_copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model, {**cached_results(model)})
+        return copy_model(model)
     except Exception as error:
         raise SteppingError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass a "

@@ -7,7 +7,6 @@ and compares the fingerprint before any tensor is taken over.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -17,21 +16,20 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import CaptureError, CheckpointError, explain
-from .graph.program import named_tensors
+from .errors import CaptureError, CheckpointError
+from .graph.program import copy_model, named_tensors
 from .integrations.timm import models as _paper_networks  # noqa: F401 - registers them
 from .nested.module import sliced_copy
 from .net import SteppingNet
+from .tensorfile import NET, read_file
 from .units import Analysis, restrict
 from .witness import find_units
 
 __all__ = ["describe_origin", "load", "save"]
 
-FORMAT = "stepping-plugin net"
 VERSION = 1
 
 
@@ -79,7 +77,7 @@ def save(net: SteppingNet, path: str | os.PathLike) -> None:
     for k, copies in enumerate(net.lineage):
         tensors[f"lineage.{k}"] = copies
     header = {
-        "format": FORMAT,
+        "format": NET,
         "version": VERSION,
         "origin": net.origin,
         "image_size": list(net.analysis.image_size),
@@ -115,7 +113,7 @@ def load(
     Raises:
         CheckpointError: the file is missing, damaged, foreign, of another version, or of another model.
     """
-    header, tensors = _read(Path(path))
+    header, tensors = read_file(Path(path), NET, VERSION)
     errors = []
     for candidate in _candidates(header, model, path):
         try:
@@ -127,34 +125,9 @@ def load(
     raise CheckpointError(errors[0])
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise CheckpointError(explain("no such file", where=str(path), action="Check the path given to load()."))
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            header = json.loads(metadata.get("stepping", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error}).") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: a safetensors file, but not one that SteppingNet.save wrote.")
-    if header.get("version") != VERSION:
-        raise CheckpointError(
-            explain(
-                "unknown version",
-                where=str(path),
-                got=header.get("version"),
-                expected=str(VERSION),
-                action="Update stepping-plugin.",
-            )
-        )
-    return header, tensors
-
-
 def _candidates(header: dict[str, Any], model: nn.Module | None, path: Any) -> Iterator[nn.Module]:
     if model is not None:
-        yield copy.deepcopy(model)
+        yield copy_model(model)
         return
     origin = header.get("origin", {})
     name = origin.get("timm")

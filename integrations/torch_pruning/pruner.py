@@ -15,7 +15,6 @@ not modified (the net owns a copy); there is one step, not several.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from stepping_plugin.api import check_model, reference_notes
 from stepping_plugin.construction.importance import magnitude_scores
 from stepping_plugin.construction.policies import assign
 from stepping_plugin.errors import SteppingError, explain
+from stepping_plugin.graph.program import copy_model
 from stepping_plugin.levels import parse_budgets
 from stepping_plugin.macs import MacModel
 from stepping_plugin.net import SteppingNet
@@ -99,7 +99,7 @@ class SteppingPruner:
         images: Any = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
         image_size = check_model(model, images)
         self.notes: list[str] = []
-        owner = copy.deepcopy(model)
+        owner = copy_model(model)
         analysis = find_units(owner, image_size)
         names = {module: name for name, module in model.named_modules()}
         _check_heads(analysis, {names.get(m, "?"): heads for m, heads in (num_heads or {}).items()})

@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from ..errors import CheckpointError, SteppingError, explain
 from ..graph.rules import RULES
+from ..tensorfile import ENGINE, read_file
 from .emit import IMAGE, SCORES, StepProgram
 from .engine import Engine
 from .kernels import KERNELS
 
 __all__ = ["load_engine", "save_engine"]
 
-FORMAT = "stepping-plugin engine"
 VERSION = 1
 
 # What step programs call besides the operators that have a label rule. All are functional.
@@ -94,7 +93,7 @@ def save_engine(engine: Engine, path: str | os.PathLike[str]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     header = {
-        "format": FORMAT,
+        "format": ENGINE,
         "version": VERSION,
         "image_size": list(engine.image_size),
         "dtype": _plain_name(engine.dtype),
@@ -192,7 +191,7 @@ def load_engine(path: str | os.PathLike[str], *, device: str | torch.device | No
         CheckpointError: the file is missing, damaged, foreign, of another version, or calls unknown operators.
     """
     path, device = Path(path), torch.device(device or "cpu")
-    header, tensors = _read(path)
+    header, tensors = read_file(path, ENGINE, VERSION)
     try:
         programs = [_Reader(entry, k, tensors, device).program() for k, entry in enumerate(header["programs"], 1)]
         engine = Engine(
@@ -209,35 +208,6 @@ def load_engine(path: str | os.PathLike[str], *, device: str | torch.device | No
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: the description of the engine is damaged ({error}).") from None
     return engine
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise CheckpointError(explain("no such file", where=str(path), action="Check the path given to load_engine()."))
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("stepping", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error}).") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        kind = header.get("format") if isinstance(header, dict) else None
-        raise CheckpointError(
-            f"{path}: holds a net, not an engine. Call stepping_plugin.load(path).deploy()."
-            if kind == "stepping-plugin net"
-            else f"{path}: a safetensors file, but not one that Engine.save wrote."
-        )
-    if header.get("version") != VERSION:
-        raise CheckpointError(
-            explain(
-                "unknown version",
-                where=str(path),
-                got=header.get("version"),
-                expected=str(VERSION),
-                action="Update stepping-plugin.",
-            )
-        )
-    return header, tensors
 
 
 def _checked(value: Any, kind: type) -> Any:

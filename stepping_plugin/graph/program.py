@@ -6,6 +6,7 @@ training form, the standalone subnets and the step programs of the engine are re
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -121,6 +122,11 @@ def cached_results(model: nn.Module) -> dict[int, Tensor]:
             if not tensor.is_leaf or tensor.is_inference():
                 memo.setdefault(id(tensor), tensor.detach().clone())
     return memo
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Independent copy of a model, used before or not."""
+    return copy.deepcopy(model, {**cached_results(model)})
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
