@@ -70,7 +70,47 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--batch-size", type=int, help="fix the batch size; default: any")
     export.set_defaults(command=_export)
     validate.set_defaults(command=_validate)
+    _add_compare(commands)
     return parser
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser("compare", help="SteppingNet against its rivals, each trained alike; runs what is missing")
+    compare.add_argument("recipe", nargs="?", help="path or name of a recipe; without one, only --page is made")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.limit=2000")
+    compare.add_argument("--study", default="methods", help="methods (default), expansion (Fig. 7), ablation (Fig. 8)")
+    compare.add_argument("--methods", nargs="+", metavar="NAME", help="only these variants, e.g. steppingnet slimmable")
+    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="(0 1 2)")
+    compare.add_argument("--results", default="runs/compare", metavar="DIR", help="of the JSON files (runs/compare)")
+    compare.add_argument("--work", default="runs/compare-work", metavar="DIR", help="of unfinished jobs")
+    compare.add_argument("--resume", action="store_true", help="run only what is missing (the default)")
+    compare.add_argument("--again", action="store_true", help="run also what is there already")
+    compare.add_argument("--page", metavar="FILE", help="write tables and pictures of all results as a Markdown page")
+    compare.set_defaults(command=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from .compare.page import write_page
+    from .compare.runner import Comparison, compare
+    from .compare.studies import method_variants, study_variants
+
+    results = Path(arguments.results)
+    if arguments.recipe is None and arguments.page is None:
+        raise SteppingError("compare: give a recipe to run, or --page FILE to make a page of the results at hand.")
+    if arguments.resume and arguments.again:
+        raise SteppingError("compare: --resume runs what is missing, --again runs everything anew: give one of them.")
+    if arguments.recipe is not None:
+        chosen = method_variants(arguments.methods) if arguments.methods else study_variants(arguments.study)
+        compare(
+            Comparison(
+                arguments.recipe, chosen, arguments.seeds, arguments.overrides, results, Path(arguments.work),
+                arguments.again, say=lambda text: print(text, flush=True),
+            )
+        )  # fmt: skip
+    if arguments.page is not None:
+        for path in write_page(results, Path(arguments.page)):
+            print(path)
+    return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -115,7 +115,6 @@ class Run:
     _epochs: int = 0
 
     def everything(self, fresh: bool) -> dict[str, Any]:
-        self.main = processes(self.recipe.device).is_main_process
         self._prepare_folder(fresh)
         seed_generators(self.recipe.seed)
         original = None
@@ -214,14 +213,15 @@ class Run:
         self._epochs = config.epochs
         log = fit(
             net, self.loader("train", settings.batch_size, "retrain"), self.validation(settings), config,
-            teacher=self._teacher(original), gamma=settings.gamma, temperature=settings.temperature,
+            teacher=self.teacher(original), gamma=settings.gamma, temperature=settings.temperature,
             from_largest=settings.distill_from == "largest", beta=settings.beta,
             sequential=settings.updates == "sequential", checkpoint_dir=self.folder / "retrain", log=self._log,
         )  # fmt: skip
         self.history["retraining"] = log.epochs
         return net
 
-    def _teacher(self, original: nn.Module | None) -> nn.Module | None:
+    def teacher(self, original: nn.Module | None) -> nn.Module | None:
+        """Who guides the retraining, if anybody does."""
         settings = self.recipe.retrain
         if settings.distill_from == "teacher" and settings.teacher is not None:
             return self.build_model(settings.teacher, settings.teacher.pretrained).eval()
@@ -242,6 +242,11 @@ class Run:
         return data
 
     # --- parts
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and speaks."""
+        return processes(self.recipe.device).is_main_process
 
     @property
     def data(self) -> DataBundle:

@@ -6,6 +6,8 @@
 - `vgg16_cifar`: 13 convs with batch norm and two linear layers (SteppingNet, Table I).
 - `resnet_tiny`: three stages of one basic block, the smallest net that has residual couplings.
 - `digits_net`: three convs for 8x8 pictures.
+- `vgg_tiny`: six convs with batch norm and two linear layers.
+- `vit_pico`: timm's vision transformer with four blocks of 64 channels and patches of 4 pixels.
 
 A width is `round(base * width_mult)`, at least 1: `width_mult=1.8` is the paper's expansion of LeNet-3C1L.
 The models keep timm's conventions: `forward_features`, `forward_head`, `get_classifier`, `reset_classifier`,
@@ -16,18 +18,19 @@ for, so that an example input can be made from it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from stepping_plugin.errors import SteppingError
 
-__all__ = ["DigitsNet", "LeNet3C1L", "LeNet5", "ResNetTiny", "VGGCifar"]
+__all__ = ["DigitsNet", "LeNet3C1L", "LeNet5", "ResNetTiny", "VGGCifar", "VGGTiny"]
 
 ImgSize = int | tuple[int, int]
-NetT = TypeVar("NetT", bound="_SmallNet")
+NetT = TypeVar("NetT", bound=nn.Module)
 
 
 def _width(base: int, width_mult: float) -> int:
@@ -167,7 +170,7 @@ class VGGCifar(_SmallNet):
     most of the weights at this image size.
     """
 
-    STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+    STAGES: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
     def __init__(
         self,
@@ -176,7 +179,7 @@ class VGGCifar(_SmallNet):
         width_mult: float = 1.0,
         drop_rate: float = 0.0,
     ) -> None:
-        hidden = _width(512, width_mult)
+        hidden = _width(self.STAGES[-1][-1], width_mult)
         super().__init__(num_classes, in_chans, num_features=hidden)
         layers: list[nn.Module] = []
         for stage in self.STAGES:
@@ -197,6 +200,12 @@ class VGGCifar(_SmallNet):
 
     def _pre_logits(self, x: Tensor) -> Tensor:
         return self.drop(self.act(self.hidden(x.mean((2, 3)))))
+
+
+class VGGTiny(VGGCifar):
+    """The same with six convs of 16, 32 and 64 channels, for images from 8x8 up."""
+
+    STAGES = ((16, 16), (32, 32), (64, 64))
 
 
 class _BasicBlock(nn.Module):
@@ -294,22 +303,25 @@ default_cfgs = generate_default_cfgs(
         "vgg16_cifar": _cfg((3, 32, 32), 100, "features.0.0"),
         "resnet_tiny": _cfg((3, 32, 32), 10, "conv1"),
         "digits_net": _cfg((1, 8, 8), 10, "conv1.0"),
+        "vgg_tiny": _cfg((3, 32, 32), 10, "features.0.0"),
+        "vit_pico": _cfg((3, 28, 28), 10, "patch_embed.proj", classifier="head", fixed_input_size=True),
     }
 )
 
 
-def _create(cls: type[NetT], variant: str, pretrained: bool, kwargs: dict[str, Any]) -> NetT:
+def _create(cls: Callable[..., NetT], variant: str, pretrained: bool, kwargs: dict[str, Any]) -> NetT:
     """Build by timm's own builder, then let `default_cfg` tell what the model was built for."""
     if pretrained:
         raise SteppingError(f"{variant} has no pretrained weights: use pretrained=False and train it.")
     fixed = default_cfgs[variant].default.fixed_input_size
     img_size = kwargs.get("img_size") if fixed else kwargs.pop("img_size", None)  # the others take any size
-    model: NetT = build_model_with_cfg(cls, variant, pretrained, **kwargs)
+    model: Any = build_model_with_cfg(cls, variant, pretrained, **kwargs)
     cfg: dict[str, Any] = model.default_cfg
     height, width = to_2tuple(img_size or cfg["input_size"][1:])
-    cfg["input_size"] = (model.in_chans, height, width)
+    in_chans = kwargs.get("in_chans", cfg["input_size"][0])
+    cfg["input_size"] = (in_chans, height, width)
     cfg["num_classes"] = model.num_classes
-    cfg["mean"] = cfg["std"] = (0.5,) * model.in_chans
+    cfg["mean"] = cfg["std"] = (0.5,) * in_chans
     return model
 
 
@@ -336,3 +348,15 @@ def resnet_tiny(pretrained: bool = False, **kwargs: Any) -> ResNetTiny:
 @register_model
 def digits_net(pretrained: bool = False, **kwargs: Any) -> DigitsNet:
     return _create(DigitsNet, "digits_net", pretrained, kwargs)
+
+
+@register_model
+def vgg_tiny(pretrained: bool = False, **kwargs: Any) -> VGGTiny:
+    kwargs.setdefault("num_classes", 10)
+    return _create(VGGTiny, "vgg_tiny", pretrained, kwargs)
+
+
+@register_model
+def vit_pico(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    shape = {"img_size": 28, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 10}
+    return _create(VisionTransformer, "vit_pico", pretrained, {**shape, **kwargs})

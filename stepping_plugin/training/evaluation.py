@@ -9,22 +9,25 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from stepping_plugin.errors import SteppingError, explain
-from stepping_plugin.net import SteppingNet
 from stepping_plugin.training.losses import cross_entropy
 
 __all__ = ["AllScores", "evaluate"]
 
 
 class AllScores(nn.Module):
-    """Class scores (N, B, C) through `forward`, where DDP and torch.compile hook in. Plain models: N = 1."""
+    """Class scores (N, B, C) through `forward`, where DDP and torch.compile hook in.
+
+    Nets of several subnets have a `forward_all`, as `SteppingNet` has; of plain models N is 1.
+    """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
-        if isinstance(self.net, SteppingNet):
-            return self.net.forward_all(images)
+        forward_all = getattr(self.net, "forward_all", None)
+        if forward_all is not None:
+            return forward_all(images)
         scores = self.net(images)
         if not isinstance(scores, Tensor) or scores.dim() != 2:
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__

@@ -1,0 +1,200 @@
+"""Run what is missing: the original once per seed, then every variant, one JSON file each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch_pruning
+from torch import nn
+
+from .. import __version__
+from ..errors import BudgetError, SteppingError
+from ..macs import MacModel
+from ..pipeline import Run
+from ..recipe import load_recipe
+from ..recipe_schema import Recipe
+from .methods import RUNNERS, Job, Outcome, assert_comparable
+from .results import Machine, Reference, Result, differing, read, result_path, write
+from .studies import Variant
+
+__all__ = ["Comparison", "compare"]
+
+FREE = ("output", "device", "data.root", "data.download")  # may differ between runs of the same comparison
+
+
+@dataclass
+class Comparison:
+    """What to run, and where.
+
+    Attributes:
+        recipe: path or name.
+        overrides: on top of the recipe, for all variants.
+        variants: methods, or the variants of a study.
+        seeds: of everything; the splits of the data stay the same.
+        results: folder of the JSON files.
+        work: folder of originals and of checkpoints of jobs that are not done.
+        again: run also what is there already.
+        say: told what is going on.
+    """
+
+    recipe: str
+    variants: Sequence[Variant]
+    seeds: Sequence[int] = (0, 1, 2)
+    overrides: Sequence[str] = ()
+    results: Path = Path("runs/compare")
+    work: Path = Path("runs/compare-work")
+    again: bool = False
+    say: Callable[[str], None] = print
+    _originals: dict[int, tuple[nn.Module, float]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Folder of the recipe's results."""
+        return Path(self.recipe).stem
+
+    def resolved(self, variant: Variant, seed: int) -> Recipe:
+        """The recipe as this variant runs it."""
+        return load_recipe(self.recipe, [*self.overrides, *variant.overrides, f"seed={seed}"])
+
+    def missing(self) -> list[tuple[Variant, int]]:
+        """Jobs without a result, seed after seed.
+
+        Raises:
+            SteppingError: a result was made with other settings.
+        """
+        jobs = [(variant, seed) for seed in self.seeds for variant in self.variants]
+        return [(variant, seed) for variant, seed in jobs if self.again or not self._done(variant, seed)]
+
+    def _done(self, variant: Variant, seed: int) -> bool:
+        path = result_path(self.results, self.name, variant.name, seed)
+        if not path.is_file():
+            return False
+        changed = differing(read(path), flat(self.resolved(variant, seed)), FREE)
+        if changed:
+            raise SteppingError(
+                f"{path} was made with other settings: {'; '.join(changed[:3])}. Run it anew with --again, or choose "
+                "another folder with --results."
+            )
+        return True
+
+
+def compare(comparison: Comparison) -> list[Path]:
+    """Run all jobs that are missing; returns the files written.
+
+    A method that cannot do what the recipe asks (a budget below its floor, a model that the toolkit fails on) leaves a
+    result that says so. Everything else that goes wrong stops the comparison.
+
+    Raises:
+        SteppingError: recipe, data or earlier results do not fit.
+    """
+    written = []
+    jobs = comparison.missing()
+    for number, (variant, seed) in enumerate(jobs, start=1):
+        comparison.say(f"{comparison.name}: {variant.name}, seed {seed} ({number} of {len(jobs)})")
+        result = _run_job(comparison, variant, seed)
+        written.append(write(comparison.results, result))
+        shown = " ".join(f"{100 * a.accuracy:.2f}" for a in result.alone) or result.reason
+        comparison.say(f"  alone: {shown}; {result.seconds:.0f} s")
+    return written
+
+
+def _run_job(comparison: Comparison, variant: Variant, seed: int) -> Result:
+    recipe = comparison.resolved(variant, seed)
+    assert_comparable(recipe)
+    settings, torch_seed = flat(recipe), recipe.seed
+    folder = comparison.work / f"{comparison.name}-{variant.name}-{seed}-{_digest(settings)}"
+    if comparison.again and folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    original, accuracy = _original(comparison, seed)
+    run = Run(recipe, folder, lambda text: comparison.say(f"  {text}"))
+    torch.manual_seed(torch_seed)
+    began = time.process_time()
+    job = Job(run, variant, original, accuracy)
+    common = {
+        "recipe": comparison.name, "variant": variant.name, "method": variant.method, "seed": seed,
+        "settings": json.loads(json.dumps({k: v for k, v in settings.items() if k not in FREE})),
+        "train_samples": len(run.data.train), "test_samples": len(run.data.test), "machine": machine(),
+        "reference": Reference(macs=job.reference, numbers=_numbers(original), accuracy=accuracy,
+                               updates=recipe.train.epochs * len(run.loader("train", recipe.train.batch_size))),
+    }  # fmt: skip
+    try:
+        outcome = RUNNERS[variant.method](job)
+    except BudgetError as error:
+        result = Result(**common, status="failed", reason=str(error), seconds=_since(began))
+    else:
+        result = Result(**common, **_fields(outcome), seconds=_since(began))
+    shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def _fields(outcome: Outcome) -> dict[str, Any]:
+    return dict(vars(outcome))
+
+
+def _original(comparison: Comparison, seed: int) -> tuple[nn.Module, float]:
+    """The trained original and its test accuracy; every variant of a seed gets the same weights."""
+    if seed not in comparison._originals:
+        recipe = load_recipe(comparison.recipe, [*comparison.overrides, f"seed={seed}"])
+        parts = flat(recipe)
+        own = {k: v for k, v in parts.items() if k.split(".")[0] in ("model", "data", "train", "seed")}
+        folder = comparison.work / f"{comparison.name}-original-{seed}-{_digest(own)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        run = Run(recipe, folder, lambda text: comparison.say(f"  {text}"))
+        torch.manual_seed(seed)
+        model = run.train_original()
+        comparison._originals[seed] = model, run.accuracy(model)[0]
+    return comparison._originals[seed]
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """A recipe by dotted keys."""
+    result: dict[str, Any] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                add(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            result[prefix] = value
+
+    add("", recipe.model_dump(mode="json"))
+    return result
+
+
+def machine() -> Machine:
+    """This machine, as far as a reader of the results needs to know it."""
+    return Machine(
+        processor=_processor(), threads=torch.get_num_threads(), torch=torch.__version__, timm=timm.__version__,
+        torch_pruning=getattr(torch_pruning, "__version__", "unknown"), stepping_plugin=__version__,
+    )  # fmt: skip
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(t.numel() for t in [*model.parameters(), *model.buffers()] if t.is_floating_point())
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def _since(began: float) -> float:
+    return round(time.process_time() - began, 1)

@@ -1,0 +1,101 @@
+"""The variants of every study: a method, and recipe keys that it changes.
+
+A variant is run once per recipe and seed whatever study asks for it: "steppingnet" is the reference of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import SteppingError, nearest
+
+__all__ = ["METHODS", "REFERENCE", "STUDIES", "Variant", "method_variants", "study_variants"]
+
+REFERENCE = "steppingnet"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table.
+
+    Attributes:
+        name: folder of its results.
+        method: a name in `methods.METHODS`.
+        overrides: "key.sub=value" pairs on top of the recipe.
+        label: for tables and pictures.
+    """
+
+    name: str
+    method: str
+    overrides: tuple[str, ...] = ()
+    label: str = ""
+
+
+_PAPER = ("construction.flow=paper", "construction.importance=per-batch", "construction.band=null")
+_TOOLKIT = {
+    "magnitude": "group magnitude",
+    "taylor": "group Taylor",
+    "bn-scale": "BN scale",
+    "group-norm": "group norm, sparse training",
+    "growing-reg": "growing regularisation",
+    "random": "random",
+}
+
+METHODS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in [
+        Variant(REFERENCE, "stepping", label="SteppingNet (trajectory flow)"),
+        Variant("any-width", "stepping", ("construction.policy=any-width",), "any-width"),
+        Variant("slimmable", "slimmable", label="slimmable"),
+        Variant("tp-magnitude", "toolkit", label="torch-pruning, group magnitude"),
+        Variant("steppingnet-paper", "stepping", _PAPER, "SteppingNet (paper flow)"),
+        Variant("scratch", "scratch", label="dense nets from scratch"),
+        *[Variant(f"tp-{key}", "toolkit", label=f"torch-pruning, {text}") for key, text in _TOOLKIT.items()][1:],
+    ]
+}
+
+_EXPANSIONS = (1.0, 1.2, 1.5, 1.8, 2.0, 2.5)
+_ABLATION = [
+    Variant("no-suppression", "stepping", ("construction.beta=1", "retrain.beta=1"), "without suppression"),
+    Variant("no-distillation", "stepping", ("retrain.distill_from=none",), "without distillation"),
+    Variant(
+        "neither",
+        "stepping",
+        ("construction.beta=1", "retrain.beta=1", "retrain.distill_from=none"),
+        "without both",
+    ),
+]
+
+STUDIES: dict[str, list[Variant]] = {
+    "methods": list(METHODS.values()),
+    "expansion": [
+        Variant(f"expansion-{factor:g}", "stepping", (f"construction.expansion={factor}",), f"expansion {factor:g}")
+        for factor in _EXPANSIONS
+    ],
+    "ablation": [METHODS[REFERENCE], *_ABLATION],
+}
+
+
+def study_variants(study: str) -> list[Variant]:
+    """Variants of a study.
+
+    Raises:
+        SteppingError: unknown study.
+    """
+    if study not in STUDIES:
+        raise SteppingError(f"--study: got {study!r}; {nearest(study, STUDIES)}")
+    return STUDIES[study]
+
+
+def method_variants(names: Sequence[str]) -> list[Variant]:
+    """Variants by name, in the given order.
+
+    Raises:
+        SteppingError: unknown name.
+    """
+    known = {variant.name: variant for variants in STUDIES.values() for variant in variants}
+    for name in names:
+        if name not in known:
+            raise SteppingError(f"--methods: got {name!r}; {nearest(name, known)}")
+    return [known[name] for name in names]

@@ -1,0 +1,128 @@
+"""What training steps and single pictures cost, as ratios to the original network.
+
+All contenders take turns in one process and medians count. On a CPU the clock is that of the process, which other
+programs on the machine disturb less than they disturb the wall clock.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.engine import Engine, compile_engine
+from ..net import SteppingNet
+from ..nested.subnet import Subnet
+from ..training.trainer import TrainConfig, Trainer
+from ..units import analyse
+from .results import Timing
+
+__all__ = ["latency", "plain_step", "single_engine", "step_ratio"]
+
+Work = Callable[[], Any]
+
+
+def in_turns(works: Mapping[str, Work], device: str = "cpu", *, turns: int = 9, warm: int = 2) -> dict[str, float]:
+    """Median seconds of every piece of work; they are done in turns."""
+    clock = time.perf_counter if device.startswith("cuda") else time.process_time
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(turns + warm):
+        for name, work in works.items():
+            began = clock()
+            work()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if turn >= warm:
+                times[name].append(clock() - began)
+    return {name: median(values) for name, values in times.items()}
+
+
+# --- Training -----------------------------------------------------------------------------------------------
+
+
+def plain_step(original: nn.Module, batch: tuple[Tensor, Tensor], config: TrainConfig) -> Work:
+    """An update of (a copy of) the original network, without a teacher."""
+    trainer = Trainer(copy.deepcopy(original).train(), config, 1)
+    return lambda: trainer.update([batch])
+
+
+def step_ratio(
+    original: nn.Module,
+    nets: Sequence[nn.Module],
+    batch: tuple[Tensor, Tensor],
+    config: TrainConfig,
+    *,
+    teacher: nn.Module | None = None,
+    sequential: bool = False,
+) -> float:
+    """Mean update of the nets over an update of the original.
+
+    Args:
+        original: the plain network.
+        nets: nets that are trained one after the other; copies of them are trained here.
+        batch: images and labels.
+        config: optimizer; the learning rate is put to a very small one.
+        teacher: of the nets.
+        sequential: see `Trainer`.
+    """
+    trainers = [
+        Trainer(copy.deepcopy(net).train(), config, 1, teacher=teacher, sequential=sequential) for net in nets
+    ]
+    works: dict[str, Work] = {"plain": plain_step(original, batch, config)}
+    works.update({str(k): partial(trainer.update, [batch]) for k, trainer in enumerate(trainers)})
+    seconds = in_turns(works, str(next(original.parameters()).device))
+    return sum(seconds[str(k)] for k in range(len(trainers))) / len(trainers) / seconds["plain"]
+
+
+# --- Inference ----------------------------------------------------------------------------------------------
+
+
+def single_engine(model: nn.Module, image_size: tuple[int, ...]) -> Engine:
+    """Any classifier on the same engine that steps SteppingNets, as one subnet."""
+    if isinstance(model, Subnet):
+        owner, analysis = model.model, model.analysis
+    else:
+        owner = copy.deepcopy(model).eval()
+        analysis = analyse(owner, image_size, modes=(False,))
+    ones = torch.ones(analysis.num_units, dtype=torch.long)
+    return compile_engine(SteppingNet(owner, analysis, ones, [1], 1).eval())
+
+
+def latency(
+    original: nn.Module, nets: Sequence[nn.Module] | SteppingNet, image_size: tuple[int, ...], *, turns: int = 60
+) -> Timing:
+    """CPU time of one picture: the nets, and where they are a SteppingNet its steps, over the original.
+
+    Args:
+        original: the original network.
+        nets: standalone nets, ascending, or a SteppingNet.
+        image_size: (C, H, W).
+        turns: runs of everything.
+    """
+    picture = torch.randn(1, *image_size, generator=torch.Generator().manual_seed(0))
+    stepping = compile_engine(nets.eval()) if isinstance(nets, SteppingNet) else None
+    alone: list[nn.Module] = (
+        [nets.extract(i) for i in range(1, nets.num_subnets + 1)] if isinstance(nets, SteppingNet) else list(nets)
+    )
+    works = {"original": _start(single_engine(original, image_size), picture)}
+    works.update({f"net{k}": _start(single_engine(net, image_size), picture) for k, net in enumerate(alone)})
+    holder: list[Any] = []
+    if stepping is not None:
+        works["step0"] = lambda: holder.append(stepping.start(picture))
+        works.update({f"step{k}": lambda: holder[-1].step() for k in range(1, len(alone))})
+    with torch.inference_mode():
+        seconds = in_turns(works, turns=turns, warm=5)
+    base = seconds["original"]
+    single = [seconds[f"net{k}"] / base for k in range(len(alone))]
+    steps = single if stepping is None else [seconds[f"step{k}"] / base for k in range(len(alone))]
+    return Timing(alone=[round(v, 4) for v in single], steps=[round(v, 4) for v in steps])
+
+
+def _start(engine: Engine, picture: Tensor) -> Work:
+    return lambda: engine.start(picture).logits
