@@ -56,7 +56,7 @@ class Outcome:
     executed: list[Answer]
     stored: dict[str, int]
     training: dict[str, list[Phase]]
-    latency: Timing
+    latency: dict[str, Timing]
     notes: list[str] = field(default_factory=list)
 
 

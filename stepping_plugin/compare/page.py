@@ -1,5 +1,134 @@
-"""The page of a comparison."""
+"""The page of a comparison: every number and picture on it comes from the result files."""
+
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
+from statistics import mean
+
+from ..errors import SteppingError
+from .pictures import draw_ablation, draw_curves, png
+from .results import Result, read_all
+from .studies import STUDIES
+from .tables import VIEWS, Group, accuracy_table, arrival_table, changes_table, cost_table, failures, spread
+
+__all__ = ["page_text", "write_page"]
+
+_HEAD = """# Comparison
+
+Every number and picture on this page is generated from the JSON files under [recipes/results](../recipes/results), one
+per recipe, variant and seed:
+
+    stepping compare RECIPE --results recipes/results                         # runs what is missing
+    stepping compare --results recipes/results --page docs/comparison.md      # writes this page
+
+All methods share the trained original that they start from and learn from, the order and augmentation of the data, the
+optimizer, the number of updates per network, and the counting of MACs. Nets from scratch get the updates of the
+original's training on top. SteppingNet and any-width are widened first (`construction.expansion`); slimmable and the
+pruned nets are not wider than the original.
+
+Two views:
+
+- **Each subnet alone**: a budget is chosen once, and its net runs from scratch.
+- **At equal executed MACs**: budgets arrive one after the other, and the MACs executed by then never exceed them. A
+  net that reuses results steps up. Without reuse every budget starts a net anew, which is sized to the increment
+  P_i - P_{i-1}; the answer at hand is that of the largest net so far.
+
+Accuracies are in percent on the test set, mean ± standard deviation over seeds; differences are paired by seed. With
+few seeds, differences under about half a point are noise.
+"""
+
+
 def write_page(results: Path, page: Path) -> list[Path]:
-    raise NotImplementedError
+    """Write the page and its pictures, which lie beside it in a folder of the same name; returns their paths.
+
+    Raises:
+        SteppingError: there are no results.
+    """
+    found = read_all(results)
+    if not found:
+        raise SteppingError(f"{results} holds no results. Run `stepping compare RECIPE --results {results}` first.")
+    folder = page.with_suffix("")
+    pictures = {folder / name: content for name, content in _pictures(found).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in pictures.items():
+        path.write_bytes(content)
+    page.write_text(page_text(found, folder.name), encoding="utf-8")
+    return [page, *pictures]
+
+
+def page_text(results: Sequence[Result], folder: str = "comparison") -> str:
+    """The page as Markdown; pictures are expected in `folder`."""
+    sections = [_recipe_section(name, list(own), folder) for name, own in groupby(results, lambda r: r.recipe)]
+    return "\n".join([_HEAD, *sections])
+
+
+def _groups(results: Sequence[Result], study: str) -> list[Group]:
+    """Groups of a study in its own order, failures left out."""
+    found = []
+    for variant in STUDIES[study]:
+        own = [r for r in results if r.variant == variant.name and r.status == "done"]
+        found += [Group(own)] if own else []
+    return found
+
+
+def _pictures(results: Sequence[Result]) -> dict[str, bytes]:
+    pictures = {}
+    for name, rows in groupby(results, lambda r: r.recipe):
+        own = list(rows)
+        methods, expansion, ablation = (_groups(own, study) for study in ("methods", "expansion", "ablation"))
+        pictures[f"{name}-methods.png"] = png(draw_curves(methods))
+        if len(expansion) > 1:
+            pictures[f"{name}-expansion.png"] = png(draw_curves(expansion, ["alone"]))
+        if len(ablation) > 1:
+            pictures[f"{name}-ablation.png"] = png(draw_ablation(ablation))
+    return pictures
+
+
+def _recipe_section(name: str, results: list[Result], folder: str) -> str:
+    methods = _groups(results, "methods")
+    parts = [f"## {_title(results[0])}\n", _facts(results)]
+    for view, title in VIEWS.items():
+        parts += [f"### {title[0].upper() + title[1:]}\n", accuracy_table(methods, view), ""]
+    parts += [f"![accuracy against MACs]({folder}/{name}-methods.png)\n"]
+    parts += ["### What it takes\n", _COST, cost_table(methods), ""]
+    parts += ["### When budgets arrive one after the other\n", _ARRIVAL, arrival_table(methods), ""]
+    parts += [_CHANGES, changes_table(methods), ""]
+    for study, title in (("expansion", "Expansion (Fig. 7 of the paper)"), ("ablation", "Ablation (Fig. 8)")):
+        groups = _groups(results, study)
+        if len(groups) > 1:
+            parts += [f"### {title}\n", accuracy_table(groups, "alone"), "", f"![{study}]({folder}/{name}-{study}.png)\n"]
+    if missing := failures(results):
+        parts += ["### Not possible\n", missing, ""]
+    return "\n".join(parts)
+
+
+_COST = """Stored numbers (weights, norm statistics) as multiples of the original's. Training as multiples of the
+original's training: updates times the measured time of an update over a plain one, all networks together.
+"""
+_ARRIVAL = """MACs, and in brackets CPU time on this package's engine (batches of 1 and of 32), spent until the mean
+accuracy is reached, in % of one run of the original. Nets without reuse are those of the first view, started anew at every budget.
+"""
+_CHANGES = """What a change of the budget in the middle of an inference costs, in MACs, % of the original:
+"""
+
+
+def _title(result: Result) -> str:
+    return f"{result.settings['model.name']} on {result.settings['data.name']} (`{result.recipe}`)"
+
+
+def _facts(results: Sequence[Result]) -> str:
+    first = results[0]
+    per_seed = {r.seed: 100 * r.reference.accuracy for r in results}
+    machines = sorted({f"{r.machine.processor}, {r.machine.threads} thread(s), torch {r.machine.torch}" for r in results})
+    size = first.settings.get("data.img_size")
+    pictures = f"{first.train_samples:,} training and {first.test_samples:,} test pictures"
+    hours = sum(r.seconds for r in results) / 3600
+    return (
+        f"{pictures}{f', shrunk to {size}x{size}' if size else ''}. Original: {first.reference.macs:,} MACs, "
+        f"{first.reference.numbers:,} numbers, accuracy {spread(list(per_seed.values()))} % "
+        f"(seeds {', '.join(map(str, per_seed))}), trained with {first.reference.updates:,} updates. "
+        f"Run on {'; '.join(machines)}; {hours:.1f} hours of CPU time, "
+        f"mean {mean(r.seconds for r in results) / 60:.1f} minutes per variant and seed.\n"
+    )

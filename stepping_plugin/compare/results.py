@@ -61,7 +61,7 @@ class Phase(_Part):
 
 
 class Timing(_Part):
-    """CPU time of one picture on the engine, as ratios to the original on the same engine.
+    """CPU time of one batch on the engine, as ratios to the original on the same engine.
 
     Attributes:
         alone: of net i from scratch.
@@ -105,6 +105,7 @@ class Result(_Part):
             the increments P_i - P_{i-1}, and the answer is that of the largest net so far.
         stored: numbers (weights and norm statistics) to be stored, per view.
         training: how the nets of both views were made.
+        latency: by batch size.
         seconds: CPU time of the whole job.
     """
 
@@ -125,7 +126,7 @@ class Result(_Part):
     executed: list[Answer] = []
     stored: dict[str, int] = {}
     training: dict[str, list[Phase]] = {}
-    latency: Timing | None = None
+    latency: dict[str, Timing] = {}
     notes: list[str] = []
     seconds: float = 0.0
 

@@ -26,6 +26,7 @@ from .results import Timing
 __all__ = ["latency", "plain_step", "single_engine", "step_ratio"]
 
 Work = Callable[[], Any]
+BATCHES = (1, 32)
 
 
 def in_turns(works: Mapping[str, Work], device: str = "cpu", *, turns: int = 9, warm: int = 2) -> dict[str, float]:
@@ -95,34 +96,44 @@ def single_engine(model: nn.Module, image_size: tuple[int, ...]) -> Engine:
 
 
 def latency(
-    original: nn.Module, nets: Sequence[nn.Module] | SteppingNet, image_size: tuple[int, ...], *, turns: int = 60
-) -> Timing:
-    """CPU time of one picture: the nets, and where they are a SteppingNet its steps, over the original.
+    original: nn.Module, nets: Sequence[nn.Module] | SteppingNet, image_size: tuple[int, ...], *, turns: int = 40
+) -> dict[str, Timing]:
+    """CPU time of the nets, and where they are a SteppingNet of its steps, over that of the original.
 
     Args:
         original: the original network.
         nets: standalone nets, ascending, or a SteppingNet.
         image_size: (C, H, W).
         turns: runs of everything.
+
+    Returns:
+        By batch size: "1", where calling kernels takes most of the time in small nets, and "32".
     """
-    picture = torch.randn(1, *image_size, generator=torch.Generator().manual_seed(0))
     stepping = compile_engine(nets.eval()) if isinstance(nets, SteppingNet) else None
     alone: list[nn.Module] = (
         [nets.extract(i) for i in range(1, nets.num_subnets + 1)] if isinstance(nets, SteppingNet) else list(nets)
     )
-    works = {"original": _start(single_engine(original, image_size), picture)}
-    works.update({f"net{k}": _start(single_engine(net, image_size), picture) for k, net in enumerate(alone)})
-    holder: list[Any] = []
+    reference, engines = single_engine(original, image_size), [single_engine(net, image_size) for net in alone]
+    return {str(size): _timing(reference, engines, stepping, size, turns) for size in BATCHES}
+
+
+def _timing(reference: Engine, engines: Sequence[Engine], stepping: Engine | None, size: int, turns: int) -> Timing:
+    images = torch.randn(size, *reference.image_size, generator=torch.Generator().manual_seed(0))
+    works = {"original": _start(reference, images)}
+    works.update({f"net{k}": _start(engine, images) for k, engine in enumerate(engines)})
     if stepping is not None:
-        works["step0"] = lambda: holder.append(stepping.start(picture))
-        works.update({f"step{k}": lambda: holder[-1].step() for k in range(1, len(alone))})
+        session: list[Any] = [None]
+        works["step0"] = lambda: session.__setitem__(0, stepping.start(images))
+        works.update({f"step{k}": lambda: session[0].step() for k in range(1, len(engines))})
     with torch.inference_mode():
         seconds = in_turns(works, turns=turns, warm=5)
-    base = seconds["original"]
-    single = [seconds[f"net{k}"] / base for k in range(len(alone))]
-    steps = single if stepping is None else [seconds[f"step{k}"] / base for k in range(len(alone))]
-    return Timing(alone=[round(v, 4) for v in single], steps=[round(v, 4) for v in steps])
+    single = [round(seconds[f"net{k}"] / seconds["original"], 4) for k in range(len(engines))]
+    if stepping is None:
+        return Timing(alone=single, steps=single)
+    return Timing(
+        alone=single, steps=[round(seconds[f"step{k}"] / seconds["original"], 4) for k in range(len(engines))]
+    )
 
 
-def _start(engine: Engine, picture: Tensor) -> Work:
-    return lambda: engine.start(picture).logits
+def _start(engine: Engine, images: Tensor) -> Work:
+    return lambda: engine.start(images).logits

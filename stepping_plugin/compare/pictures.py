@@ -1,0 +1,78 @@
+"""Pictures of a comparison: accuracy against MACs per method (Fig. 6), expansion (Fig. 7), ablation (Fig. 8)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import TYPE_CHECKING
+
+from .tables import VIEWS, Group
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_ablation", "draw_curves", "png"]
+
+_STYLES = ("o-", "s--", "^--", "v:", "D--", "P:", "X:", "<:", ">:", "h:", "*:")
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    """Made without pyplot: no global state, no window."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * panels + 1.0, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    return figure, axes
+
+
+def draw_curves(groups: Sequence[Group], views: Sequence[str] = tuple(VIEWS)) -> Figure:
+    """Accuracy against MACs, one line per variant, error bars over seeds, one panel per view."""
+    figure, panels = _figure(len(views))
+    for panel, view in zip(panels, views):
+        for group, style in zip(groups, _STYLES * len(groups)):
+            columns = group.accuracies(view)
+            reference = group.first.reference.macs
+            shares = [100 * mean(a[i].executed for a in group.answers(view)) / reference for i in range(len(columns))]
+            errors = [stdev(c) if len(c) > 1 else 0.0 for c in columns]
+            panel.errorbar(
+                shares, [mean(c) for c in columns], errors, fmt=style, label=group.label, markersize=5, linewidth=1.3,
+                capsize=2.5,
+            )  # fmt: skip
+        original = mean(100 * r.reference.accuracy for group in groups for r in group.results)
+        panel.axhline(original, color="#8795a1", linewidth=1, linestyle=(0, (4, 3)))
+        panel.set_title(VIEWS[view], fontsize=10)
+        panel.set_xlabel("executed MACs, % of the original")
+    panels[0].set_ylabel("accuracy, %  (grey: original)")
+    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def draw_ablation(groups: Sequence[Group]) -> Figure:
+    """Accuracy of every subnet, one bar per variant."""
+    figure, (panel,) = _figure(1)
+    width = 0.8 / len(groups)
+    for k, group in enumerate(groups):
+        columns = group.accuracies("alone")
+        places = [i + (k - (len(groups) - 1) / 2) * width for i in range(len(columns))]
+        errors = [stdev(c) if len(c) > 1 else 0.0 for c in columns]
+        panel.bar(places, [mean(c) for c in columns], width * 0.92, yerr=errors, capsize=2, label=group.label)
+    values = [v for group in groups for column in group.accuracies("alone") for v in column]
+    panel.set_ylim(min(values) - 1.5, max(values) + 1.0)
+    panel.set_xticks(range(len(columns)), [f"subnet {i + 1}" for i in range(len(columns))])
+    panel.set_ylabel("accuracy, %")
+    panel.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
