@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_compare(commands: Any) -> None:
-    compare = commands.add_parser("compare", help="SteppingNet against its rivals, each trained alike; runs what is missing")
+    compare = commands.add_parser("compare", help="SteppingNet against its rivals; runs what is missing")
     compare.add_argument("recipe", nargs="?", help="path or name of a recipe; without one, only --page is made")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.limit=2000")
     compare.add_argument("--study", default="methods", help="methods (default), expansion (Fig. 7), ablation (Fig. 8)")

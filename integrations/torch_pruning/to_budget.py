@@ -1,8 +1,7 @@
 """The toolkit's own pruners, brought to a budget in MACs: what SteppingNet is compared with.
 
-The toolkit takes ratios. Here the ratio is found by bisection on exact MACs (`count_macs`); between the last ratio
-above the budget and the first one below it, layers are pruned one after the other until the budget holds, because a
-small net has many layers that lose a channel at the same ratio.
+The toolkit takes ratios. Here the ratio is found by bisection on exact MACs (`count_macs`). In a small net many layers
+lose a channel at the same ratio, so afterwards layers get single channels back, in turn, as long as the budget holds.
 
 Settings are those of the toolkit's own CIFAR experiments: local pruning, p = 2, `reg` 5e-4, `delta_reg` 1e-4, hundred
 increments of the growing regularisation.
@@ -11,7 +10,8 @@ increments of the growing regularisation.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,17 +97,34 @@ def prune_to_budget(
         SteppingError: unknown method, or the toolkit fails on this model.
     """
     trial = _Trial(model, images, _method(method), gradients, seed)
+    if count_macs(model, (images,)).total <= budget:
+        return copy.deepcopy(model).eval()
     low, high = 0.0, 1.0
-    if trial.macs_at(0.0) <= budget:
-        return trial.at(0.0)
-    floor = trial.macs_at(high)
+    floor = trial.macs(high)
     if floor > budget:
-        share = f"{floor:,} MACs at a ratio of 1"
-        raise BudgetError(explain(f"torch-pruning ({method}) cannot get down to {budget:,} MACs", got=share))
+        got = f"{floor:,} MACs at a ratio of 1"
+        raise BudgetError(explain(f"torch-pruning ({method}) cannot get down to {budget:,} MACs", got=got))
     while high - low > _CLOSE:
         middle = (low + high) / 2
-        low, high = (middle, high) if trial.macs_at(middle) > budget else (low, middle)
-    return trial.between(low, high, budget)
+        low, high = (middle, high) if trial.macs(middle) > budget else (low, middle)
+    return trial.pruned(high, _given_back(trial, high, budget))
+
+
+def _given_back(trial: _Trial, ratio: float, budget: int) -> dict[str, int]:
+    """Channels that layers get back, by name, up to a quarter of what the ratio leaves them."""
+    given: dict[str, int] = {}
+    macs = trial.macs(ratio)
+    most = {name: max(1, int(0.25 * size * (1 - ratio))) for name, size in trial.channels.items()}
+    growing = list(most)
+    while growing:
+        for name in list(growing):
+            larger = {**given, name: given.get(name, 0) + 1}
+            found = trial.macs(ratio, larger)
+            if macs < found <= budget:  # equal: another layer decides about these channels
+                given, macs = larger, found
+            if given.get(name, 0) != larger[name] or larger[name] >= most[name]:
+                growing.remove(name)
+    return given
 
 
 class _Trial:
@@ -125,25 +142,21 @@ class _Trial:
             raise SteppingError("this method reads gradients: pass gradients=loss_gradients(model, batches).")
         self.model, self.images, self.method = model, images, method
         self.gradients, self.seed = gradients, seed
+        self.channels = {name: channels for name, channels, _ in _layers(model)}
 
-    def macs_at(self, ratio: float) -> int:
-        return count_macs(self.at(ratio), (self.images,)).total
+    def macs(self, ratio: float, given: Mapping[str, int] | None = None) -> int:
+        return count_macs(self.pruned(ratio, given or {}), (self.images,)).total
 
-    def at(self, ratio: float) -> nn.Module:
-        """Everything pruned at one ratio."""
-        return self.between(ratio, ratio, 0)
-
-    def between(self, low: float, high: float, budget: int) -> nn.Module:
-        """Pruned at `low`, then layer by layer at `high` until the budget holds."""
+    def pruned(self, ratio: float, given: Mapping[str, int]) -> nn.Module:
+        """Every layer pruned at the ratio, except for channels that it is given back."""
         model = copy.deepcopy(self.model).eval()
         for parameter, gradient in zip(model.parameters(), self.gradients or ()):
             parameter.grad = None if gradient is None else gradient.clone()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(self.seed)
             try:
-                self._prune(model, low, high, budget)
-            except SteppingError:
-                raise
+                _make(self.method, model, self.images, ratio, given).step()
+                repair_attention(model)
             except Exception as error:
                 name = type(self.model).__name__
                 raise SteppingError(f"torch-pruning fails on {name}: {type(error).__name__}: {error}") from error
@@ -151,48 +164,46 @@ class _Trial:
             parameter.grad = None
         return model
 
-    def _prune(self, model: nn.Module, low: float, high: float, budget: int) -> None:
-        pruner = _make(self.method, model, self.images, low, high)
-        pruner.step()
-        repair_attention(model)
-        if high > low:
-            for group in pruner.step(interactive=True):
-                group.prune()
-                repair_attention(model)
-                if count_macs(model, (self.images,)).total <= budget:
-                    return
+
+def _make(
+    method: ToolkitPruner, model: nn.Module, images: Tensor, ratio: float, given: Mapping[str, int] | None = None
+) -> Any:
+    """The toolkit's pruner. Every dictionary is fresh: its defaults are shared between all pruners of a process."""
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unwrapped parameters detected")  # pruned along their last axis, as is right
+        return method.pruner(
+            model,
+            images,
+            importance=method.importance(),
+            pruning_ratio=ratio,
+            pruning_ratio_dict=_ratios(model, ratio, given or {}),
+            ignored_layers=[] if classifier is None else [classifier],
+            num_heads={m.qkv: m.num_heads for m in _attentions(model)},
+            in_channel_groups={},
+            out_channel_groups={},
+            **dict(method.options),
+        )
 
 
-def _make(method: ToolkitPruner, model: nn.Module, images: Tensor, low: float, high: float) -> Any:
-    """The toolkit's pruner of two steps: to the ratio `low`, then to `high`.
-
-    Every dictionary is fresh: the toolkit's defaults are shared between all pruners of a process.
-    """
-    return method.pruner(
-        model,
-        images,
-        importance=method.importance(),
-        pruning_ratio=1.0,
-        pruning_ratio_dict=_limits(model),
-        iterative_steps=2,
-        iterative_pruning_ratio_scheduler=lambda limit, steps: [0.0, min(low, limit), min(high, limit)],
-        ignored_layers=[m for m in [_classifier(model)] if m is not None],
-        num_heads={m.qkv: m.num_heads for m in _attentions(model)},
-        in_channel_groups={},
-        out_channel_groups={},
-        **dict(method.options),
-    )
+def _ratios(model: nn.Module, ratio: float, given: Mapping[str, int]) -> dict[nn.Module, float]:
+    """Ratio per layer. One channel stays: at larger ratios the toolkit would leave the layer as it is."""
+    modules = dict(model.named_modules())
+    ratios = {}
+    for name, channels, heads in _layers(model):
+        limit = 1 - (1 + 1e-6) * heads / channels  # 1e-6: the toolkit truncates
+        ratios[modules[name]] = max(0.0, min(ratio, limit) - heads * given.get(name, 0) / channels)
+    return ratios
 
 
-def _limits(model: nn.Module) -> dict[nn.Module, float]:
-    """Largest ratio per layer: one channel stays. Beyond it the toolkit would leave the layer as it is."""
+def _layers(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Name, output channels and heads (1: no attention) of all convolutions and linear layers."""
     heads = {layer: m.num_heads for m in _attentions(model) for layer in (m.qkv, m.proj)}
-    limits: dict[nn.Module, float] = {}
-    for module in model.modules():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-            channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-            limits[module] = max(0.0, 1 - (1 + 1e-6) * heads.get(module, 1) / channels)  # 1e-6: the toolkit truncates
-    return limits
+    return [
+        (name, m.out_features if isinstance(m, nn.Linear) else m.out_channels, heads.get(m, 1))
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))
+    ]
 
 
 def sparsity_regulariser(
@@ -213,7 +224,7 @@ def sparsity_regulariser(
     if not chosen.sparse:
         return None
     mode = model.training
-    pruner = _make(chosen, model, images, 0.0, 0.0)
+    pruner = _make(chosen, model, images, 0.0)
     model.train(mode)
     every, done = max(1, updates // GROWTH_STEPS), 0
 
@@ -248,10 +259,6 @@ def repair_attention(model: nn.Module) -> None:
 def _attentions(model: nn.Module) -> list[Any]:
     found: list[Any] = list(model.modules())
     return [m for m in found if isinstance(getattr(m, "qkv", None), nn.Linear) and hasattr(m, "num_heads")]
-
-
-def _classifier(model: Any) -> nn.Module | None:
-    return model.get_classifier() if hasattr(model, "get_classifier") else None
 
 
 def _method(name: str) -> ToolkitPruner:

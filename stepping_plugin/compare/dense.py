@@ -6,6 +6,8 @@ are those of a subnet that holds all of its units at level 1.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,8 @@ from ..nested.subnet import Subnet, extract_subnet
 from ..units import Analysis
 
 __all__ = ["dense_net", "dense_units"]
+
+SLACK = 1.25  # how much wider than the uniform share a width may be, as in the band of the construction
 
 
 def dense_units(analysis: Analysis, macs_model: MacModel, budget: int) -> Tensor:
@@ -58,13 +62,18 @@ class _Widths:
         return [min(size, len(g)) for size, g in zip(sizes, self.groups)]
 
     def filled(self, share: float, budget: int) -> list[int]:
-        sizes, open_groups = self.at(share), set(range(len(self.groups)))
-        while open_groups:
-            k = max(open_groups, key=lambda k: (share * len(self.groups[k]) - sizes[k]) / len(self.groups[k]))
+        """Single units on top, where rounding cut most first, up to `SLACK` times the uniform width."""
+        sizes, wanted = self.at(share), [share * len(g) for g in self.groups]
+        most = [min(len(g), max(size, math.ceil(SLACK * w))) for g, size, w in zip(self.groups, sizes, wanted)]
+        growing = [k for k in range(len(sizes)) if sizes[k] < most[k]]
+        while growing:
+            k = max(growing, key=lambda k: (wanted[k] - sizes[k]) / wanted[k])
             larger = [size + (k == j) for j, size in enumerate(sizes)]
-            if larger[k] <= len(self.groups[k]) and self.macs(larger) <= budget:
+            if self.macs(larger) <= budget:
                 sizes = larger
-            open_groups.discard(k)
+            else:
+                growing.remove(k)
+            growing = [j for j in growing if sizes[j] < most[j]]
         return sizes
 
     def units(self, sizes: list[int]) -> Tensor:

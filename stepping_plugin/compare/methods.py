@@ -124,9 +124,7 @@ class Job:
     def step_ratio(self, nets: Sequence[nn.Module]) -> float:
         config = TrainConfig.of(self.recipe.retrain, lr=1e-6, sched="none", epochs=1, device=self.recipe.device)
         sequential = self.recipe.retrain.updates == "sequential"
-        ratio = step_ratio(
-            self.original, nets, self.batch(), config, teacher=self.teacher, sequential=sequential
-        )
+        ratio = step_ratio(self.original, nets, self.batch(), config, teacher=self.teacher, sequential=sequential)
         return round(ratio, 3)
 
     def step_answers(self, sizes: Sequence[int | None], scores: Sequence[float | None]) -> list[Answer]:
@@ -178,9 +176,7 @@ def regular_net(job: Job) -> SteppingNet:
     level have equal gradients and would stay the same unit for ever, so first all units come once, then their copies.
     """
     net = job.run.start(job.original, ConstructionConfig.of(job.recipe.construction))
-    regular = assign(
-        net.analysis, net.macs_model, net.budgets, policy="any-width", reference_macs=net.reference_macs
-    )
+    regular = assign(net.analysis, net.macs_model, net.budgets, policy="any-width", reference_macs=net.reference_macs)
     copies = net.lineage[-1] if net.lineage else torch.ones(net.analysis.num_units, dtype=torch.long)
     number = torch.cat([torch.arange(int(c)) for c in copies]).numpy()
     kind = UnitClasses(net.analysis, net.macs_model).of_unit
@@ -259,9 +255,7 @@ def _slimmable_family(
     net = Slimmable(job.original, job.analysis, list(widths.values()))
     job.tune(net, f"slimmable-{view}", job.recipe.retrain.epochs + job.extra_epochs)
     scores = dict(zip(widths, job.score(net)))
-    macs = {
-        size: int(job.macs_model.subnet_macs(torch.where(kept, 1, 2), 1)[0]) for size, kept in widths.items()
-    }
+    macs = {size: int(job.macs_model.subnet_macs(torch.where(kept, 1, 2), 1)[0]) for size, kept in widths.items()}
     return net, [macs.get(size) for size in sizes], [scores.get(size) for size in sizes]
 
 
@@ -329,9 +323,7 @@ def _separate(job: Job, make: Callable[[int], nn.Module], epochs: int, before: l
     for size, net in nets.items():
         job.tune(net, f"net-{size}", epochs)
         scores[size] = job.score(net)[0]
-    answers = [
-        Answer(budget=size, macs=macs[size], executed=macs[size], accuracy=scores[size]) for size in job.budgets
-    ]
+    answers = [Answer(budget=size, macs=macs[size], executed=macs[size], accuracy=scores[size]) for size in job.budgets]
     steps = job.step_answers([macs.get(s) for s in job.increments], [scores.get(s) for s in job.increments])
     views = {"alone": sorted(set(job.budgets)), "executed": sorted(set(job.increments) & set(nets))}
     phases = {

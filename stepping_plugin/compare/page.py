@@ -98,7 +98,8 @@ def _recipe_section(name: str, results: list[Result], folder: str) -> str:
     for study, title in (("expansion", "Expansion (Fig. 7 of the paper)"), ("ablation", "Ablation (Fig. 8)")):
         groups = _groups(results, study)
         if len(groups) > 1:
-            parts += [f"### {title}\n", accuracy_table(groups, "alone"), "", f"![{study}]({folder}/{name}-{study}.png)\n"]
+            parts += [f"### {title}\n", accuracy_table(groups, "alone"), ""]
+            parts += [f"![{study}]({folder}/{name}-{study}.png)\n"]
     if missing := failures(results):
         parts += ["### Not possible\n", missing, ""]
     return "\n".join(parts)
@@ -108,7 +109,8 @@ _COST = """Stored numbers (weights, norm statistics) as multiples of the origina
 original's training: updates times the measured time of an update over a plain one, all networks together.
 """
 _ARRIVAL = """MACs, and in brackets CPU time on this package's engine (batches of 1 and of 32), spent until the mean
-accuracy is reached, in % of one run of the original. Nets without reuse are those of the first view, started anew at every budget.
+accuracy is reached, in % of one run of the original. Nets without reuse are those of the first view, started anew at
+every budget.
 """
 _CHANGES = """What a change of the budget in the middle of an inference costs, in MACs, % of the original:
 """
@@ -121,7 +123,7 @@ def _title(result: Result) -> str:
 def _facts(results: Sequence[Result]) -> str:
     first = results[0]
     per_seed = {r.seed: 100 * r.reference.accuracy for r in results}
-    machines = sorted({f"{r.machine.processor}, {r.machine.threads} thread(s), torch {r.machine.torch}" for r in results})
+    machines = {f"{m.processor}, {m.threads} thread(s), torch {m.torch}" for m in (r.machine for r in results)}
     size = first.settings.get("data.img_size")
     pictures = f"{first.train_samples:,} training and {first.test_samples:,} test pictures"
     hours = sum(r.seconds for r in results) / 3600
@@ -129,6 +131,6 @@ def _facts(results: Sequence[Result]) -> str:
         f"{pictures}{f', shrunk to {size}x{size}' if size else ''}. Original: {first.reference.macs:,} MACs, "
         f"{first.reference.numbers:,} numbers, accuracy {spread(list(per_seed.values()))} % "
         f"(seeds {', '.join(map(str, per_seed))}), trained with {first.reference.updates:,} updates. "
-        f"Run on {'; '.join(machines)}; {hours:.1f} hours of CPU time, "
+        f"Run on {'; '.join(sorted(machines))}; {hours:.1f} hours of CPU time, "
         f"mean {mean(r.seconds for r in results) / 60:.1f} minutes per variant and seed.\n"
     )

@@ -19,7 +19,6 @@ from torch import nn
 
 from .. import __version__
 from ..errors import BudgetError, SteppingError
-from ..macs import MacModel
 from ..pipeline import Run
 from ..recipe import load_recipe
 from ..recipe_schema import Recipe

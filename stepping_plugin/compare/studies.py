@@ -65,6 +65,7 @@ _ABLATION = [
         ("construction.beta=1", "retrain.beta=1", "retrain.distill_from=none"),
         "without both",
     ),
+    Variant("equal-shares", "stepping", ("construction.noise=0",), "copies with equal shares"),
 ]
 
 STUDIES: dict[str, list[Variant]] = {

@@ -1,10 +1,12 @@
-"""Tables of a comparison in Markdown, from results alone. Accuracies are in percent, MACs and times in % of the original.
+"""Tables of a comparison in Markdown, from results alone. Accuracies are in percent, MACs and times in % of the
+original.
 
 Spread is the standard deviation over seeds (n - 1); a difference is paired: of the same seed, then mean and spread.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, stdev
 
@@ -107,7 +109,7 @@ def _training_cost(result: Result, view: str) -> float:
 
 
 def arrival_table(groups: Sequence[Group]) -> str:
-    """MACs (and CPU time, with batches of 1 and 32) spent until an accuracy is reached, when the budgets arrive one after the other.
+    """MACs (and CPU time, batches of 1 and 32) until an accuracy is reached, when budgets arrive one after the other.
 
     With reuse a budget is a step up, without it the net of the next budget starts anew.
     """
@@ -136,7 +138,7 @@ def changes_table(groups: Sequence[Group]) -> str:
     for group in groups:
         r = group.first
         shares = [a.macs / r.reference.macs for a in r.alone]
-        ups = [b - a if r.reuse else b for a, b in zip(shares, shares[1:])]
+        ups = [b - a if r.reuse else b for a, b in itertools.pairwise(shares)]
         total = shares[-1] if r.reuse else sum(shares)
         down = "0: the smaller subnet's scores are at hand" if r.reuse else "the smaller net, if it has not run yet"
         rows.append([group.label, ", ".join(f"{100 * u:.0f}" for u in ups), f"{100 * total:.0f}", down])

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.engine import Engine, compile_engine
-from ..net import SteppingNet
 from ..nested.subnet import Subnet
+from ..net import SteppingNet
 from ..training.trainer import TrainConfig, Trainer
 from ..units import analyse
 from .results import Timing
@@ -72,9 +72,7 @@ def step_ratio(
         teacher: of the nets.
         sequential: see `Trainer`.
     """
-    trainers = [
-        Trainer(copy.deepcopy(net).train(), config, 1, teacher=teacher, sequential=sequential) for net in nets
-    ]
+    trainers = [Trainer(copy.deepcopy(net).train(), config, 1, teacher=teacher, sequential=sequential) for net in nets]
     works: dict[str, Work] = {"plain": plain_step(original, batch, config)}
     works.update({str(k): partial(trainer.update, [batch]) for k, trainer in enumerate(trainers)})
     seconds = in_turns(works, str(next(original.parameters()).device))
