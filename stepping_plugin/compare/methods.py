@@ -82,9 +82,8 @@ class Job:
         self.teacher = run.teacher(original)
         construction, retrain = self.recipe.construction, self.recipe.retrain
         self.per_epoch = len(run.loader("train", retrain.batch_size, "retrain"))
-        self.construction_updates = construction.iterations * math.ceil(
-            construction.batches / construction.grad_accum_steps
-        )
+        per_iteration = math.ceil(construction.batches / construction.grad_accum_steps)
+        self.construction_updates = (construction.iterations + construction.cooldown_iterations) * per_iteration
         self.extra_epochs = math.ceil(self.construction_updates * construction.batch_size
                                       / (self.per_epoch * retrain.batch_size))  # fmt: skip
 
