@@ -12,6 +12,7 @@ from torch import nn
 import stepping_plugin.integrations.timm  # noqa: F401 - registers the small networks
 from stepping_plugin import BudgetError, SteppingError
 from stepping_plugin.cli import main
+from stepping_plugin.compare import timing
 from stepping_plugin.compare.dense import dense_net, dense_units
 from stepping_plugin.compare.results import Result, differing, read, read_all, result_path
 from stepping_plugin.compare.runner import Comparison, compare
@@ -143,7 +144,10 @@ def test_slimmable_gradient_of_shared_weights_is_the_sum_over_widths():
 # ---------------------------------------------------------------------------------------- pruned nets
 
 
-@pytest.mark.parametrize("name", ["lenet5", "resnet_tiny", "vit_pico"])
+@pytest.mark.parametrize(
+    "name",
+    ["lenet5", pytest.param("resnet_tiny", marks=pytest.mark.slow), pytest.param("vit_pico", marks=pytest.mark.slow)],
+)
 def test_pruned_nets_land_below_their_budget(name):
     model, _, macs, size = case(name)
     x = images(size)
@@ -160,7 +164,7 @@ def test_pruned_nets_land_below_their_budget(name):
 @pytest.mark.parametrize("method", PRUNERS)
 def test_every_pruner_reaches_small_budgets(method):
     """One channel per layer stays: at larger ratios the toolkit would leave a small layer whole."""
-    model, _, macs, size = case("resnet_tiny")
+    model, _, macs, size = case("digits_net")
     gradients = [torch.randn_like(p) for p in model.parameters()]
     budget = int(0.05 * macs.total)
     pruned = prune_to_budget(model, example(size), budget, method, gradients=gradients)
@@ -193,6 +197,7 @@ def test_refusals_of_the_toolkit_are_explained():
 
 TINY = [
     "data.limit=200", "train.epochs=1", "retrain.epochs=1", "construction.iterations=3", "construction.batches=1",
+    "construction.cooldown_iterations=0",
     "budgets=0.2,0.5,0.8", "device=cpu", "train.batch_size=50", "retrain.batch_size=50", "construction.batch_size=50",
 ]  # fmt: skip
 RUN = ["steppingnet", "any-width", "slimmable", "tp-growing-reg", "scratch"]
@@ -208,7 +213,10 @@ def comparison(folder, names, seeds=(0,), overrides=TINY, **options):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    compare(comparison(folder, RUN)[0])
+    with pytest.MonkeyPatch.context() as patch:  # what is timed here is not looked at
+        patch.setattr(timing, "PICTURE_TURNS", 1)
+        patch.setattr(timing, "STEP_TURNS", 1)
+        compare(comparison(folder, RUN)[0])
     return folder
 
 

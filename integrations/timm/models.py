@@ -5,6 +5,7 @@
 - `lenet5`: LeNet-5 with ReLU and max pooling (SteppingNet, Table I).
 - `vgg16_cifar`: 13 convs with batch norm and two linear layers (SteppingNet, Table I).
 - `resnet_tiny`: three stages of one basic block, the smallest net that has residual couplings.
+- `resnet56_cifar`: the same with nine blocks per stage, the net of torch-pruning's CIFAR-10 tables.
 - `digits_net`: three convs for 8x8 pictures.
 - `vgg_tiny`: six convs with batch norm and two linear layers.
 - `vit_pico`: timm's vision transformer with four blocks of 64 channels and patches of 4 pixels.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from stepping_plugin.errors import SteppingError
 
-__all__ = ["DigitsNet", "LeNet3C1L", "LeNet5", "ResNetTiny", "VGGCifar", "VGGTiny"]
+__all__ = ["DigitsNet", "LeNet3C1L", "LeNet5", "ResNet56", "ResNetTiny", "VGGCifar", "VGGTiny"]
 
 ImgSize = int | tuple[int, int]
 NetT = TypeVar("NetT", bound=nn.Module)
@@ -252,6 +253,33 @@ class ResNetTiny(_SmallNet):
         return x.mean((2, 3))
 
 
+class ResNet56(_SmallNet):
+    """ResNet-56 for CIFAR (https://arxiv.org/abs/1512.03385), shortcuts projected where the shape changes."""
+
+    BLOCKS = 9
+
+    def __init__(self, num_classes: int = 10, in_chans: int = 3, width_mult: float = 1.0) -> None:
+        widths = [_width(base, width_mult) for base in (16, 32, 64)]
+        super().__init__(num_classes, in_chans, num_features=widths[2])
+        self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.act = nn.ReLU()
+        blocks, before = [], widths[0]
+        for stage, width in enumerate(widths):
+            for k in range(self.BLOCKS):
+                blocks.append(_BasicBlock(before, width, 2 if stage and not k else 1))
+                before = width
+        self.blocks = nn.Sequential(*blocks)
+        self._add_classifier(widths[2])
+        _init_convs(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.blocks(self.act(self.bn1(self.conv1(x))))
+
+    def _pre_logits(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
 class DigitsNet(_SmallNet):
     """Three padded 3x3 convs of 16, 32 and 64 channels with batch norm, for pictures of about 8x8 pixels."""
 
@@ -302,6 +330,7 @@ default_cfgs = generate_default_cfgs(
         "lenet5": _cfg((3, 32, 32), 10, "conv1", fixed_input_size=True),
         "vgg16_cifar": _cfg((3, 32, 32), 100, "features.0.0"),
         "resnet_tiny": _cfg((3, 32, 32), 10, "conv1"),
+        "resnet56_cifar": _cfg((3, 32, 32), 10, "conv1"),
         "digits_net": _cfg((1, 8, 8), 10, "conv1.0"),
         "vgg_tiny": _cfg((3, 32, 32), 10, "features.0.0"),
         "vit_pico": _cfg((3, 28, 28), 10, "patch_embed.proj", classifier="head", fixed_input_size=True),
@@ -343,6 +372,11 @@ def vgg16_cifar(pretrained: bool = False, **kwargs: Any) -> VGGCifar:
 @register_model
 def resnet_tiny(pretrained: bool = False, **kwargs: Any) -> ResNetTiny:
     return _create(ResNetTiny, "resnet_tiny", pretrained, kwargs)
+
+
+@register_model
+def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet56:
+    return _create(ResNet56, "resnet56_cifar", pretrained, kwargs)
 
 
 @register_model

@@ -13,7 +13,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +169,7 @@ def _make(
     method: ToolkitPruner, model: nn.Module, images: Tensor, ratio: float, given: Mapping[str, int] | None = None
 ) -> Any:
     """The toolkit's pruner. Every dictionary is fresh: its defaults are shared between all pruners of a process."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    classifier = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unwrapped parameters detected")  # pruned along their last axis, as is right
         return method.pruner(

@@ -40,7 +40,7 @@ from .dense import dense_net, dense_units
 from .results import Answer, Phase, Timing
 from .slimmable import Slimmable
 from .studies import Variant
-from .timing import in_turns, latency, plain_step, step_ratio
+from .timing import latency, phase_ratio, step_ratio
 
 __all__ = ["RUNNERS", "Job", "Outcome"]
 
@@ -120,11 +120,20 @@ class Job:
         device = next(self.original.parameters()).device
         return images.to(device), labels.to(device)
 
+    @property
+    def still(self) -> TrainConfig:
+        """The recipe's optimizer with a learning rate that changes nothing, for timing."""
+        return TrainConfig.of(self.recipe.retrain, lr=1e-9, sched="none", epochs=1, device=self.recipe.device)
+
     def step_ratio(self, nets: Sequence[nn.Module]) -> float:
-        config = TrainConfig.of(self.recipe.retrain, lr=1e-6, sched="none", epochs=1, device=self.recipe.device)
+        """Mean update of the nets over a plain one of the original."""
         sequential = self.recipe.retrain.updates == "sequential"
-        ratio = step_ratio(self.original, nets, self.batch(), config, teacher=self.teacher, sequential=sequential)
-        return round(ratio, 3)
+        batch, teacher = self.batch(), self.teacher
+        return round(step_ratio(self.original, nets, batch, self.still, teacher=teacher, sequential=sequential), 3)
+
+    def phase_ratio(self, seconds: float, updates: int) -> float:
+        """Mean update of a phase that took so much CPU time over a plain one of the original."""
+        return round(phase_ratio(seconds, updates, self.original, self.batch(), self.still), 3)
 
     def step_answers(self, sizes: Sequence[int | None], scores: Sequence[float | None]) -> list[Answer]:
         """View "at equal executed MACs" of nets without reuse: run net i of `sizes` when budget i has arrived.
@@ -153,8 +162,9 @@ def stepping(job: Job) -> Outcome:
     spent = time.process_time() - began
     notes, phases = list(net.notes), []
     if constructed:
-        step = _construction_step(job, None if resumed else spent)
-        phases.append(Phase(name="construction", networks=1, updates=job.construction_updates, step=step))
+        updates = _construction_updates(job)
+        step = _construction_step(job, updates, None if resumed else spent)
+        phases.append(Phase(name="construction", networks=1, updates=updates, step=step))
     else:
         epochs += job.extra_epochs
     job.tune(net, "retrain", epochs)
@@ -187,17 +197,24 @@ def regular_net(job: Job) -> SteppingNet:
     return net.eval().compact()
 
 
-def _construction_step(job: Job, seconds: float | None) -> float:
+def _construction_updates(job: Job) -> int:
+    """Updates of the construction: the paper's flow ends as soon as all budgets are met."""
+    construction, records = job.recipe.construction, job.run.history.get("construction")
+    iterations = len(records) if records else construction.iterations
+    planned = construction.iterations + construction.cooldown_iterations
+    return job.construction_updates * (iterations + construction.cooldown_iterations) // planned
+
+
+def _construction_step(job: Job, updates: int, seconds: float | None) -> float:
     """CPU time of a construction update (training and importance) over a plain one.
 
     After an interruption the whole time is not known: then the step of the start network counts, all units at level 1,
     which leaves the importance out.
     """
-    config = ConstructionConfig.of(job.recipe.construction)
     if seconds is None:
+        config = ConstructionConfig.of(job.recipe.construction)
         return job.step_ratio([job.run.start(job.original, config)])
-    plain = in_turns({"plain": plain_step(job.original, job.batch(), TrainConfig(lr=1e-6, device=job.recipe.device))})
-    return round(seconds / job.construction_updates / plain["plain"], 3)
+    return job.phase_ratio(seconds, updates)
 
 
 def _live_numbers(net: SteppingNet) -> int:
@@ -218,7 +235,8 @@ def _live_numbers(net: SteppingNet) -> int:
 
 def slimmable(job: Job) -> Outcome:
     """One slimmable net whose widths cost the budgets, and one whose widths cost the increments."""
-    families, notes = {}, []
+    families = {}
+    notes: list[str] = []
     for view, sizes in (("alone", job.budgets), ("executed", job.increments)):
         families[view] = _slimmable_family(job, view, sizes, notes)
     (alone, macs, scores), (executed, step_macs, step_scores) = families["alone"], families["executed"]
@@ -291,8 +309,7 @@ def _sparse_training(job: Job, name: str) -> tuple[nn.Module, list[Phase]]:
     for batch in itertools.islice(stream, updates):
         trainer.update([batch])
     spent = time.process_time() - began
-    plain = in_turns({"plain": plain_step(job.original, job.batch(), TrainConfig(lr=1e-6, device=job.recipe.device))})
-    step = round(spent / max(1, updates) / plain["plain"], 3)
+    step = job.phase_ratio(spent, updates)
     return model.eval(), [Phase(name="sparse training", networks=1, updates=updates, step=step)]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..graph.program import named_tensors
 from ..nested.module import sliced_copy
 from ..nested.subnet import Subnet
 from ..units import Analysis, restrict
@@ -41,14 +42,15 @@ class Slimmable(nn.Module):
         private = _norm_tensors(self.model)
         self.shared = [name for name, _ in self.model.named_parameters() if name not in private]
         self._slices = []
-        self.nets = nn.ModuleList()
+        nets = []
         for width in widths:
             own, cut = restrict(shared, width[union].long())
             net = Subnet(sliced_copy(self.model, cut), own, 1, standalone=True)
             net.refresh(torch.ones(own.num_units, dtype=torch.long))
             self._slices.append(cut)
-            self.nets.append(net)
-        for module in (self.model, *(net.model for net in self.nets)):
+            nets.append(net)
+        self.nets = nn.ModuleList(nets)
+        for module in (self.model, *(net.model for net in nets)):
             for name, parameter in module.named_parameters():
                 parameter.requires_grad_((name in private) != (module is self.model))
 
@@ -82,9 +84,8 @@ class Slimmable(nn.Module):
 
     def stored(self) -> int:
         """Numbers that have to be stored: the widest net's weights, and the norms of every width."""
-        private = _norm_tensors(self.model)
-        norms = sum(_tensor(net.model, name).numel() for net in self.nets for name in private)  # type: ignore[arg-type]
-        return norms + sum(self.model.get_parameter(name).numel() for name in self.shared)
+        own = [named_tensors(net)[f"model.{name}"] for net in self.nets for name in _norm_tensors(self.model)]
+        return sum(t.numel() for t in [*own, *(self.model.get_parameter(name) for name in self.shared)])
 
 
 def _norm_tensors(model: nn.Module) -> list[str]:
@@ -95,8 +96,3 @@ def _norm_tensors(model: nn.Module) -> list[str]:
             tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             found += [f"{path}.{name}" for name, tensor in tensors if tensor.is_floating_point()]
     return found
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(path), attribute)

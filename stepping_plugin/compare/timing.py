@@ -23,23 +23,24 @@ from ..training.trainer import TrainConfig, Trainer
 from ..units import analyse
 from .results import Timing
 
-__all__ = ["latency", "plain_step", "single_engine", "step_ratio"]
+__all__ = ["latency", "phase_ratio", "single_engine", "step_ratio"]
 
 Work = Callable[[], Any]
 BATCHES = (1, 32)
+PICTURE_TURNS, STEP_TURNS, WARM = 40, 9, 3  # runs of everything; the first ones do not count
 
 
-def in_turns(works: Mapping[str, Work], device: str = "cpu", *, turns: int = 9, warm: int = 2) -> dict[str, float]:
+def in_turns(works: Mapping[str, Work], device: str = "cpu", *, turns: int) -> dict[str, float]:
     """Median seconds of every piece of work; they are done in turns."""
     clock = time.perf_counter if device.startswith("cuda") else time.process_time
     times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(turns + warm):
+    for turn in range(turns + WARM):
         for name, work in works.items():
             began = clock()
             work()
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
-            if turn >= warm:
+            if turn >= WARM:
                 times[name].append(clock() - began)
     return {name: median(values) for name, values in times.items()}
 
@@ -75,8 +76,17 @@ def step_ratio(
     trainers = [Trainer(copy.deepcopy(net).train(), config, 1, teacher=teacher, sequential=sequential) for net in nets]
     works: dict[str, Work] = {"plain": plain_step(original, batch, config)}
     works.update({str(k): partial(trainer.update, [batch]) for k, trainer in enumerate(trainers)})
-    seconds = in_turns(works, str(next(original.parameters()).device))
+    seconds = in_turns(works, str(next(original.parameters()).device), turns=STEP_TURNS)
     return sum(seconds[str(k)] for k in range(len(trainers))) / len(trainers) / seconds["plain"]
+
+
+def phase_ratio(
+    seconds: float, updates: int, original: nn.Module, batch: tuple[Tensor, Tensor], config: TrainConfig
+) -> float:
+    """Mean update of a phase that took so much CPU time over an update of the original, timed right after it."""
+    work = {"plain": plain_step(original, batch, config)}
+    plain = in_turns(work, str(next(original.parameters()).device), turns=STEP_TURNS)
+    return seconds / max(1, updates) / plain["plain"]
 
 
 # --- Inference ----------------------------------------------------------------------------------------------
@@ -94,7 +104,7 @@ def single_engine(model: nn.Module, image_size: tuple[int, ...]) -> Engine:
 
 
 def latency(
-    original: nn.Module, nets: Sequence[nn.Module] | SteppingNet, image_size: tuple[int, ...], *, turns: int = 40
+    original: nn.Module, nets: Sequence[nn.Module] | SteppingNet, image_size: tuple[int, ...]
 ) -> dict[str, Timing]:
     """CPU time of the nets, and where they are a SteppingNet of its steps, over that of the original.
 
@@ -102,7 +112,6 @@ def latency(
         original: the original network.
         nets: standalone nets, ascending, or a SteppingNet.
         image_size: (C, H, W).
-        turns: runs of everything.
 
     Returns:
         By batch size: "1", where calling kernels takes most of the time in small nets, and "32".
@@ -112,10 +121,10 @@ def latency(
         [nets.extract(i) for i in range(1, nets.num_subnets + 1)] if isinstance(nets, SteppingNet) else list(nets)
     )
     reference, engines = single_engine(original, image_size), [single_engine(net, image_size) for net in alone]
-    return {str(size): _timing(reference, engines, stepping, size, turns) for size in BATCHES}
+    return {str(size): _timing(reference, engines, stepping, size) for size in BATCHES}
 
 
-def _timing(reference: Engine, engines: Sequence[Engine], stepping: Engine | None, size: int, turns: int) -> Timing:
+def _timing(reference: Engine, engines: Sequence[Engine], stepping: Engine | None, size: int) -> Timing:
     images = torch.randn(size, *reference.image_size, generator=torch.Generator().manual_seed(0))
     works = {"original": _start(reference, images)}
     works.update({f"net{k}": _start(engine, images) for k, engine in enumerate(engines)})
@@ -124,7 +133,7 @@ def _timing(reference: Engine, engines: Sequence[Engine], stepping: Engine | Non
         works["step0"] = lambda: session.__setitem__(0, stepping.start(images))
         works.update({f"step{k}": lambda: session[0].step() for k in range(1, len(engines))})
     with torch.inference_mode():
-        seconds = in_turns(works, turns=turns, warm=5)
+        seconds = in_turns(works, turns=PICTURE_TURNS)
     single = [round(seconds[f"net{k}"] / seconds["original"], 4) for k in range(len(engines))]
     if stepping is None:
         return Timing(alone=single, steps=single)

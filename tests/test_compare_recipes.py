@@ -1,0 +1,55 @@
+"""The recipes of the comparison, full-size ones included: two updates of the nets that matter, on random pictures."""
+
+import pytest
+import torch
+
+from stepping_plugin.compare.dense import dense_net, dense_units
+from stepping_plugin.compare.methods import Job, regular_net
+from stepping_plugin.compare.slimmable import Slimmable
+from stepping_plugin.compare.studies import METHODS, REFERENCE
+from stepping_plugin.pipeline import Run
+from stepping_plugin.recipe import load_recipe
+from stepping_plugin.recipe_schema import DataConfig
+from stepping_plugin.training.data import DataBundle, TensorSet
+from stepping_plugin.training.trainer import TrainConfig, Trainer
+
+SHAPES = {"fashion_mnist": (1, 28, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100), "imagefolder": (3, 224, 1000)}
+FAST = ["compare_lenet5"]
+SLOW = [
+    "compare_resnet",
+    "compare_vgg",
+    "compare_vit",
+    "compare_cifar10_resnet56",
+    "compare_imagenet_resnet50",
+    "cifar10_lenet3c1l",
+    "cifar10_lenet5",
+    "cifar100_vgg16",
+]
+
+
+def random_data(cfg: DataConfig, samples: int) -> DataBundle:
+    channels, size, classes = SHAPES[cfg.name]
+    size = cfg.img_size or size
+    images = torch.randint(0, 256, (samples, channels, size, size), dtype=torch.uint8)
+    mean = std = (0.5,) * channels
+    pictures = TensorSet(images, torch.randint(0, classes, (samples,)), mean, std)
+    return DataBundle(cfg.name, pictures, pictures, pictures, classes, channels, size, mean, std)
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_two_updates_of_every_kind_of_net(name, tmp_path):
+    recipe = load_recipe(name, ["device=cpu", "retrain.batch_size=2", "construction.batch_size=2"])
+    run = Run(recipe, tmp_path, lambda text: None)
+    run._data = random_data(recipe.data, 4)
+    original = run.build_model(recipe.model, pretrained=False).eval()
+    job = Job(run, METHODS[REFERENCE], original, 0.5)
+    net = regular_net(job)
+    assert all(0.85 * b <= m <= b for m, b in zip(net.macs, net.budgets, strict=True)), (net.macs, net.budgets)
+    widths = [dense_units(job.analysis, job.macs_model, b) for b in (job.budgets[0], job.budgets[-1])]
+    nets = [net, Slimmable(original, job.analysis, widths), dense_net(original, job.analysis, widths[0], seed=0)]
+    config = TrainConfig.of(recipe.retrain, device="cpu", amp=False, sched="none", lr=1e-3)
+    for made in nets:
+        trainer = Trainer(made.train(), config, 2, teacher=original)
+        batches = list(run.loader("train", 2, "retrain"))
+        losses = torch.stack([trainer.update([batch]).sum() for batch in batches[:2]])
+        assert len(batches) == 2 and bool(losses.isfinite().all())
