@@ -86,16 +86,18 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--resume", action="store_true", help="run only what is missing (the default)")
     compare.add_argument("--again", action="store_true", help="run also what is there already")
     compare.add_argument("--page", metavar="FILE", help="write tables and pictures of all results as a Markdown page")
+    compare.add_argument("--summary", metavar="FILE", help="update the table between the marks of a file")
     compare.set_defaults(command=_compare)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from .compare.page import write_page
+    from .compare.page import fill, write_page
+    from .compare.results import read_all
     from .compare.runner import Comparison, compare
     from .compare.studies import method_variants, study_variants
 
     results = Path(arguments.results)
-    if arguments.recipe is None and arguments.page is None:
+    if not (arguments.recipe or arguments.page or arguments.summary):
         raise SteppingError("compare: give a recipe to run, or --page FILE to make a page of the results at hand.")
     if arguments.resume and arguments.again:
         raise SteppingError("compare: --resume runs what is missing, --again runs everything anew: give one of them.")
@@ -110,6 +112,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.page is not None:
         for path in write_page(results, Path(arguments.page)):
             print(path)
+    if arguments.summary is not None:
+        file = Path(arguments.summary)
+        file.write_text(fill(file.read_text(encoding="utf-8"), read_all(results)), encoding="utf-8")
     return 0
 
 

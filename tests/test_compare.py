@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,13 +16,15 @@ from stepping_plugin import BudgetError, SteppingError
 from stepping_plugin.cli import main
 from stepping_plugin.compare import timing
 from stepping_plugin.compare.dense import dense_net, dense_units
+from stepping_plugin.compare.page import BEGIN, END, fill, page_text
 from stepping_plugin.compare.results import Result, differing, read, read_all, result_path
-from stepping_plugin.compare.runner import Comparison, compare
+from stepping_plugin.compare.runner import FREE, Comparison, compare, flat
 from stepping_plugin.compare.slimmable import Slimmable
 from stepping_plugin.compare.studies import STUDIES, method_variants, study_variants
 from stepping_plugin.integrations.fvcore import count_macs
 from stepping_plugin.integrations.torch_pruning.to_budget import PRUNERS, loss_gradients, prune_to_budget
 from stepping_plugin.macs import MacModel
+from stepping_plugin.recipe import load_recipe
 from stepping_plugin.units import analyse
 
 NETS = {
@@ -326,3 +330,42 @@ def test_the_page_shows_the_data(done, tmp_path, capsys):
             assert f" {100 * answer.accuracy:.2f} " in text
     assert main(["compare"]) == 1 and "give a recipe" in capsys.readouterr().err
     assert main(["compare", "--results", str(tmp_path / "none"), "--page", str(page)]) == 1
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def committed():
+    return read_all(ROOT / "recipes" / "results")
+
+
+def test_the_committed_page_comes_from_the_committed_results():
+    """Every number on it: the whole text is made anew and compared."""
+    page = ROOT / "docs" / "comparison.md"
+    assert page_text(committed()) == page.read_text(encoding="utf-8"), "run stepping compare --page docs/comparison.md"
+    shown = re.findall(r"\]\((comparison/[^)]*\.png)\)", page.read_text(encoding="utf-8"))
+    assert shown and all((ROOT / "docs" / name).is_file() for name in shown)
+
+
+def test_the_summary_in_the_readme_comes_from_the_committed_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if BEGIN not in text:
+        pytest.skip("the README has no summary of the comparison")
+    assert fill(text, committed()) == text, "run stepping compare --results recipes/results --summary README.md"
+
+
+def test_summary_between_marks():
+    text = f"above\n{BEGIN}\nold\n{END}\nbelow\n"
+    filled = fill(text, committed())
+    assert filled.startswith(f"above\n{BEGIN}\n| method |") and filled.endswith(f"{END}\nbelow\n")
+    assert fill(filled, committed()) == filled
+    with pytest.raises(SteppingError, match="has no lines"):
+        fill("no marks", committed())
+
+
+def test_committed_results_were_made_by_shipped_recipes():
+    """Settings that the recipe has by now other values of would make the table a lie."""
+    for result in committed():
+        variant = {v.name: v for variants in STUDIES.values() for v in variants}[result.variant]
+        recipe = load_recipe(result.recipe, [*variant.overrides, f"seed={result.seed}"])
+        assert differing(result, flat(recipe), FREE) == [], (result.recipe, result.variant, result.seed)

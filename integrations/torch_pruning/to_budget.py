@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from stepping_plugin.errors import BudgetError, SteppingError, explain, nearest
+from stepping_plugin.errors import BudgetError, CaptureError, SteppingError, explain, nearest
 from stepping_plugin.integrations.fvcore import count_macs
 
 __all__ = ["PRUNERS", "ToolkitPruner", "loss_gradients", "prune_to_budget", "sparsity_regulariser"]
@@ -94,7 +94,8 @@ def prune_to_budget(
 
     Raises:
         BudgetError: the method cannot get down to the budget.
-        SteppingError: unknown method, or the toolkit fails on this model.
+        CaptureError: the toolkit fails on this model.
+        SteppingError: unknown method, or gradients are missing.
     """
     trial = _Trial(model, images, _method(method), gradients, seed)
     if count_macs(model, (images,)).total <= budget:
@@ -159,7 +160,7 @@ class _Trial:
                 repair_attention(model)
             except Exception as error:
                 name = type(self.model).__name__
-                raise SteppingError(f"torch-pruning fails on {name}: {type(error).__name__}: {error}") from error
+                raise CaptureError(f"torch-pruning fails on {name}: {type(error).__name__}: {error}") from error
         for parameter in model.parameters():
             parameter.grad = None
         return model

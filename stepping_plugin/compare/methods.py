@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import nn
 
 from ..construction.config import ConstructionConfig
 from ..construction.counts import UnitClasses
+from ..construction.flow import Construction
 from ..construction.policies import assign
 from ..errors import BudgetError, SteppingError
 from ..integrations.fvcore import count_macs
@@ -40,7 +40,7 @@ from .dense import dense_net, dense_units
 from .results import Answer, Phase, Timing
 from .slimmable import Slimmable
 from .studies import Variant
-from .timing import latency, phase_ratio, step_ratio
+from .timing import latency, step_ratio, work_ratios
 
 __all__ = ["RUNNERS", "Job", "Outcome"]
 
@@ -66,7 +66,7 @@ class Job:
     Args:
         run: recipe (with the seed and the variant's overrides), data and folder of the job.
         variant: which method.
-        original: trained, in eval mode.
+        original: trained, in eval mode, on the CPU.
         accuracy: of the original on the test set.
     """
 
@@ -79,7 +79,7 @@ class Job:
         self.reference = self.macs_model.total
         self.budgets = parse_budgets(self.recipe.budgets, self.reference)
         self.increments = [b - a for a, b in itertools.pairwise([0, *self.budgets])]
-        self.teacher = run.teacher(original)
+        self.teacher = copy.deepcopy(run.teacher(original))  # training moves it to its device
         construction, retrain = self.recipe.construction, self.recipe.retrain
         self.per_epoch = len(run.loader("train", retrain.batch_size, "retrain"))
         per_iteration = math.ceil(construction.batches / construction.grad_accum_steps)
@@ -115,10 +115,8 @@ class Job:
         return evaluate(net, self.run.loader("test", 256))["accuracy"]
 
     def batch(self) -> Batch:
-        """A training batch on the device, to time steps with."""
-        images, labels = next(iter(self.run.loader("train", self.recipe.retrain.batch_size, "retrain")))
-        device = next(self.original.parameters()).device
-        return images.to(device), labels.to(device)
+        """A training batch, to time steps with."""
+        return next(iter(self.run.loader("train", self.recipe.retrain.batch_size, "retrain")))
 
     @property
     def still(self) -> TrainConfig:
@@ -131,9 +129,9 @@ class Job:
         batch, teacher = self.batch(), self.teacher
         return round(step_ratio(self.original, nets, batch, self.still, teacher=teacher, sequential=sequential), 3)
 
-    def phase_ratio(self, seconds: float, updates: int) -> float:
-        """Mean update of a phase that took so much CPU time over a plain one of the original."""
-        return round(phase_ratio(seconds, updates, self.original, self.batch(), self.still), 3)
+    def work_ratio(self, work: Callable[[], Any]) -> float:
+        """Any piece of work over a plain update of the original."""
+        return round(work_ratios(self.original, [work], self.batch(), self.still)[0], 3)
 
     def step_answers(self, sizes: Sequence[int | None], scores: Sequence[float | None]) -> list[Answer]:
         """View "at equal executed MACs" of nets without reuse: run net i of `sizes` when budget i has arrived.
@@ -156,14 +154,11 @@ class Job:
 def stepping(job: Job) -> Outcome:
     """SteppingNet and any-width: construction, or the pattern in one shot, then retraining of all subnets at once."""
     constructed = job.recipe.construction.policy == "steppingnet"
-    began, epochs = time.process_time(), job.recipe.retrain.epochs
-    resumed = (job.folder / "constructed.safetensors").is_file() or (job.folder / "construction").is_dir()
+    epochs = job.recipe.retrain.epochs
     net = job.run.construct(job.original) if constructed else regular_net(job)
-    spent = time.process_time() - began
     notes, phases = list(net.notes), []
     if constructed:
-        updates = _construction_updates(job)
-        step = _construction_step(job, updates, None if resumed else spent)
+        updates, step = _construction_updates(job), _construction_step(job)
         phases.append(Phase(name="construction", networks=1, updates=updates, step=step))
     else:
         epochs += job.extra_epochs
@@ -205,16 +200,12 @@ def _construction_updates(job: Job) -> int:
     return job.construction_updates * (iterations + construction.cooldown_iterations) // planned
 
 
-def _construction_step(job: Job, updates: int, seconds: float | None) -> float:
-    """CPU time of a construction update (training and importance) over a plain one.
-
-    After an interruption the whole time is not known: then the step of the start network counts, all units at level 1,
-    which leaves the importance out.
-    """
-    if seconds is None:
-        config = ConstructionConfig.of(job.recipe.construction)
-        return job.step_ratio([job.run.start(job.original, config)])
-    return job.phase_ratio(seconds, updates)
+def _construction_step(job: Job) -> float:
+    """A construction update, its share of importance and moves included, over a plain one: the first iterations."""
+    config = ConstructionConfig.of(job.recipe.construction, lr=1e-9)
+    loader = job.run.loader("train", job.recipe.construction.batch_size, "construction")
+    construction = Construction(job.run.start(job.original, config), loader, config, device=job.recipe.device)
+    return round(job.work_ratio(construction.step) / max(1, config.batches), 3)
 
 
 def _live_numbers(net: SteppingNet) -> int:
@@ -305,12 +296,11 @@ def _sparse_training(job: Job, name: str) -> tuple[nn.Module, list[Phase]]:
     trainer = Trainer(model.train(), config, 1)
     trainer.optimizer.register_step_pre_hook(hook)
     stream = job.run.loader("train", section.batch_size, "construction").stream()
-    began = time.process_time()
     for batch in itertools.islice(stream, updates):
         trainer.update([batch])
-    spent = time.process_time() - began
-    step = job.phase_ratio(spent, updates)
-    return model.eval(), [Phase(name="sparse training", networks=1, updates=updates, step=step)]
+    trained, batch = copy.deepcopy(model).cpu().eval(), job.batch()  # timing trains the model on
+    step = job.work_ratio(lambda: trainer.update([batch]))
+    return trained, [Phase(name="sparse training", networks=1, updates=updates, step=step)]
 
 
 def scratch(job: Job) -> Outcome:

@@ -11,9 +11,9 @@ from ..errors import SteppingError
 from .pictures import draw_ablation, draw_curves, png
 from .results import Result, read_all
 from .studies import STUDIES
-from .tables import VIEWS, Group, accuracy_table, arrival_table, changes_table, cost_table, failures, spread
+from .tables import VIEWS, Group, accuracy_table, arrival_table, changes_table, cost_table, failures, markdown, spread
 
-__all__ = ["page_text", "write_page"]
+__all__ = ["fill", "page_text", "summary_table", "write_page"]
 
 _HEAD = """# Comparison
 
@@ -33,7 +33,8 @@ Two views:
 - **Each subnet alone**: a budget is chosen once, and its net runs from scratch.
 - **At equal executed MACs**: budgets arrive one after the other, and the MACs executed by then never exceed them. A
   net that reuses results steps up. Without reuse every budget starts a net anew, which is sized to the increment
-  P_i - P_{i-1}; the answer at hand is that of the largest net so far.
+  P_i - P_{i-1}; the answer at hand is that of the largest net so far. (Whoever knows the later budgets may wait instead
+  and run one net of P_i - P_{i-2}, without a new answer in between.)
 
 Accuracies are in percent on the test set, mean ± standard deviation over seeds; differences are paired by seed. With
 few seeds, differences under about half a point are noise.
@@ -62,6 +63,37 @@ def page_text(results: Sequence[Result], folder: str = "comparison") -> str:
     """The page as Markdown; pictures are expected in `folder`."""
     sections = [_recipe_section(name, list(own), folder) for name, own in groupby(results, lambda r: r.recipe)]
     return "\n".join([_HEAD, *sections])
+
+
+BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
+
+
+def fill(text: str, results: Sequence[Result]) -> str:
+    """A text, such as the README, with the summary between its two marks brought up to date.
+
+    Raises:
+        SteppingError: the marks are missing.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SteppingError(f"--summary: the file has no lines {BEGIN} and {END} to write between.")
+    return f"{before}{BEGIN}\n{summary_table(results)}\n{END}{after}"
+
+
+def summary_table(results: Sequence[Result]) -> str:
+    """One row per method, one column per recipe: mean accuracy over the budgets, alone / at equal executed MACs."""
+    recipes = {name: _groups(list(own), "methods") for name, own in groupby(results, lambda r: r.recipe)}
+    rows = []
+    for variant in STUDIES["methods"]:
+        found = {name: g for name, groups in recipes.items() for g in groups if g.name == variant.name}
+        cells = [_summary(found[name]) if name in found else "" for name in recipes]
+        rows += [[variant.label, *cells]] if found else []
+    return markdown(["method", *recipes], rows)
+
+
+def _summary(group: Group) -> str:
+    return f"{mean(group.means('alone')):.2f} / {mean(group.means('executed')):.2f} ({len(group.seeds)})"
 
 
 def _groups(results: Sequence[Result], study: str) -> list[Group]:

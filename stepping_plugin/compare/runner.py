@@ -18,10 +18,11 @@ import torch_pruning
 from torch import nn
 
 from .. import __version__
-from ..errors import BudgetError, SteppingError
+from ..errors import BudgetError, CaptureError, SteppingError
 from ..pipeline import Run
 from ..recipe import load_recipe
 from ..recipe_schema import Recipe
+from ..training.trainer import processes
 from .methods import RUNNERS, Job, Outcome, assert_comparable
 from .results import Machine, Reference, Result, differing, read, result_path, write
 from .studies import Variant
@@ -94,8 +95,10 @@ def compare(comparison: Comparison) -> list[Path]:
     result that says so. Everything else that goes wrong stops the comparison.
 
     Raises:
-        SteppingError: recipe, data or earlier results do not fit.
+        SteppingError: recipe, data or earlier results do not fit, or several processes run it.
     """
+    if processes("cpu").num_processes > 1:
+        raise SteppingError("compare: start it once, not by a launcher; a comparison runs in one process.")
     written = []
     jobs = comparison.missing()
     for number, (variant, seed) in enumerate(jobs, start=1):
@@ -129,7 +132,7 @@ def _run_job(comparison: Comparison, variant: Variant, seed: int) -> Result:
     }  # fmt: skip
     try:
         outcome = RUNNERS[variant.method](job)
-    except BudgetError as error:
+    except (BudgetError, CaptureError) as error:
         result = Result(**common, status="failed", reason=str(error), seconds=_since(began))
     else:
         result = Result(**common, **_fields(outcome), seconds=_since(began))
@@ -152,7 +155,8 @@ def _original(comparison: Comparison, seed: int) -> tuple[nn.Module, float]:
         run = Run(recipe, folder, lambda text: comparison.say(f"  {text}"))
         torch.manual_seed(seed)
         model = run.train_original()
-        comparison._originals[seed] = model, run.accuracy(model)[0]
+        accuracy = run.accuracy(model)[0]
+        comparison._originals[seed] = model.cpu(), accuracy
     return comparison._originals[seed]
 
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from ..engine.engine import Engine, compile_engine
 from ..nested.subnet import Subnet
 from ..net import SteppingNet
-from ..training.trainer import TrainConfig, Trainer
+from ..training.trainer import Batch, TrainConfig, Trainer
 from ..units import analyse
 from .results import Timing
 
-__all__ = ["latency", "phase_ratio", "single_engine", "step_ratio"]
+__all__ = ["latency", "single_engine", "step_ratio", "work_ratios"]
 
 Work = Callable[[], Any]
 BATCHES = (1, 32)
@@ -57,7 +57,7 @@ def plain_step(original: nn.Module, batch: tuple[Tensor, Tensor], config: TrainC
 def step_ratio(
     original: nn.Module,
     nets: Sequence[nn.Module],
-    batch: tuple[Tensor, Tensor],
+    batch: Batch,
     config: TrainConfig,
     *,
     teacher: nn.Module | None = None,
@@ -69,24 +69,21 @@ def step_ratio(
         original: the plain network.
         nets: nets that are trained one after the other; copies of them are trained here.
         batch: images and labels.
-        config: optimizer; the learning rate is put to a very small one.
+        config: optimizer, with a learning rate that changes nothing.
         teacher: of the nets.
         sequential: see `Trainer`.
     """
     trainers = [Trainer(copy.deepcopy(net).train(), config, 1, teacher=teacher, sequential=sequential) for net in nets]
-    works: dict[str, Work] = {"plain": plain_step(original, batch, config)}
-    works.update({str(k): partial(trainer.update, [batch]) for k, trainer in enumerate(trainers)})
-    seconds = in_turns(works, str(next(original.parameters()).device), turns=STEP_TURNS)
-    return sum(seconds[str(k)] for k in range(len(trainers))) / len(trainers) / seconds["plain"]
+    ratios = work_ratios(original, [partial(trainer.update, [batch]) for trainer in trainers], batch, config)
+    return sum(ratios) / len(ratios)
 
 
-def phase_ratio(
-    seconds: float, updates: int, original: nn.Module, batch: tuple[Tensor, Tensor], config: TrainConfig
-) -> float:
-    """Mean update of a phase that took so much CPU time over an update of the original, timed right after it."""
-    work = {"plain": plain_step(original, batch, config)}
-    plain = in_turns(work, str(next(original.parameters()).device), turns=STEP_TURNS)
-    return seconds / max(1, updates) / plain["plain"]
+def work_ratios(original: nn.Module, works: Sequence[Work], batch: Batch, config: TrainConfig) -> list[float]:
+    """Time of every piece of work over an update of the original, without a teacher."""
+    plain = Trainer(copy.deepcopy(original).train(), config, 1)
+    named: dict[str, Work] = {str(k): work for k, work in enumerate(works)}
+    seconds = in_turns({"plain": lambda: plain.update([batch]), **named}, str(plain.device), turns=STEP_TURNS)
+    return [seconds[name] / seconds["plain"] for name in named]
 
 
 # --- Inference ----------------------------------------------------------------------------------------------
@@ -95,9 +92,9 @@ def phase_ratio(
 def single_engine(model: nn.Module, image_size: tuple[int, ...]) -> Engine:
     """Any classifier on the same engine that steps SteppingNets, as one subnet."""
     if isinstance(model, Subnet):
-        owner, analysis = model.model, model.analysis
+        owner, analysis = model.cpu().model, model.analysis
     else:
-        owner = copy.deepcopy(model).eval()
+        owner = copy.deepcopy(model).cpu().eval()
         analysis = analyse(owner, image_size, modes=(False,))
     ones = torch.ones(analysis.num_units, dtype=torch.long)
     return compile_engine(SteppingNet(owner, analysis, ones, [1], 1).eval())
@@ -116,9 +113,9 @@ def latency(
     Returns:
         By batch size: "1", where calling kernels takes most of the time in small nets, and "32".
     """
-    stepping = compile_engine(nets.eval()) if isinstance(nets, SteppingNet) else None
-    alone: list[nn.Module] = (
-        [nets.extract(i) for i in range(1, nets.num_subnets + 1)] if isinstance(nets, SteppingNet) else list(nets)
+    stepping = compile_engine(nets.cpu().eval()) if isinstance(nets, SteppingNet) else None
+    alone: Sequence[nn.Module] = (
+        [nets.extract(i) for i in range(1, nets.num_subnets + 1)] if isinstance(nets, SteppingNet) else nets
     )
     reference, engines = single_engine(original, image_size), [single_engine(net, image_size) for net in alone]
     return {str(size): _timing(reference, engines, stepping, size) for size in BATCHES}
@@ -134,12 +131,9 @@ def _timing(reference: Engine, engines: Sequence[Engine], stepping: Engine | Non
         works.update({f"step{k}": lambda: session[0].step() for k in range(1, len(engines))})
     with torch.inference_mode():
         seconds = in_turns(works, turns=PICTURE_TURNS)
-    single = [round(seconds[f"net{k}"] / seconds["original"], 4) for k in range(len(engines))]
-    if stepping is None:
-        return Timing(alone=single, steps=single)
-    return Timing(
-        alone=single, steps=[round(seconds[f"step{k}"] / seconds["original"], 4) for k in range(len(engines))]
-    )
+    ratio = {name: round(value / seconds["original"], 4) for name, value in seconds.items()}
+    alone = [ratio[f"net{k}"] for k in range(len(engines))]
+    return Timing(alone=alone, steps=[ratio.get(f"step{k}", value) for k, value in enumerate(alone)])
 
 
 def _start(engine: Engine, images: Tensor) -> Work:
