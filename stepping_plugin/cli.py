@@ -78,13 +78,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from .pipeline import run_recipe
     from .recipe import load_recipe
-    from .report import results_table
+    from .report import exit_table, results_table
 
     console = Console(soft_wrap=True)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     folder = Path(recipe.output or Path("runs") / Path(arguments.recipe).stem)
     data = run_recipe(recipe, folder, fresh=arguments.fresh, say=lambda text: console.print(text, highlight=False))
     console.print(results_table(data), *data["notes"])
+    console.print(exit_table(data))
     console.print(f"report: {folder / 'index.html'}   net: {folder / 'net.safetensors'}")
     return 0
 
