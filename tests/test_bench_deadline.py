@@ -31,7 +31,8 @@ def test_every_request_is_counted_and_shown():
     assert row["in_time"] + row["late_in_subnet_1"] + row["late_in_a_step"] == 12 == sum(row["subnets"])
     console = Console(record=True, width=120)
     console.print(deadline_table([{"model": "tiny", **row}]))
-    assert "tiny" in console.export_text() and str(row["in_time"]) in console.export_text()
+    text = console.export_text()
+    assert "tiny" in text and str(row["in_time"]) in text
 
 
 def test_no_requests_is_an_error():
