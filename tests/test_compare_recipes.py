@@ -53,3 +53,12 @@ def test_two_updates_of_every_kind_of_net(name, tmp_path):
         batches = list(run.loader("train", 2, "retrain"))
         losses = torch.stack([trainer.update([batch]).sum() for batch in batches[:2]])
         assert len(batches) == 2 and bool(losses.isfinite().all())
+
+
+def test_variants_say_what_they_are_whatever_the_recipe_says():
+    ours, paper = ([*METHODS[name].overrides] for name in (REFERENCE, "steppingnet-paper"))
+    for name in ("cifar10_lenet3c1l", "compare_lenet5"):
+        construction = load_recipe(name, ours).construction
+        assert (construction.flow, construction.init, construction.band) == ("trajectory", "original", (0.8, 1.25))
+        construction = load_recipe(name, paper).construction
+        assert (construction.flow, construction.importance, construction.band) == ("paper", "per-batch", None)

@@ -32,7 +32,7 @@ def test_shipped_recipes_are_valid_and_tell_how_to_run_them(name):
     assert recipe.output == f"runs/{name}"
     assert parse_recipe(dump_recipe(recipe)) == recipe
     header = shipped_recipes()[name].read_text().split("\n\n")[0]
-    assert f"stepping run {name}" in header or f"stepping_plugin run {name}" in header
+    assert any(f"{command} {name}" in header for command in ("stepping run", "stepping_plugin run", "stepping compare"))
     assert "# Data: " in header and "# Expected result: " in header
     assert all(line.startswith("#") for line in header.splitlines())
 

@@ -106,7 +106,7 @@ class Result(_Part):
         stored: numbers (weights and norm statistics) to be stored, per view.
         training: how the nets of both views were made.
         latency: by batch size.
-        seconds: CPU time of the whole job.
+        seconds: CPU time of the job, since it was last continued.
     """
 
     format: Literal[1] = 1

@@ -32,6 +32,13 @@ class Variant:
     label: str = ""
 
 
+# Spelled out, because a recipe may ask for the paper's construction.
+_OURS = (
+    "construction.flow=trajectory",
+    "construction.importance=per-sample",
+    "construction.band=[0.8,1.25]",
+    "construction.init=original",
+)
 _PAPER = ("construction.flow=paper", "construction.importance=per-batch", "construction.band=null")
 _TOOLKIT = {
     "magnitude": "group magnitude",
@@ -45,8 +52,8 @@ _TOOLKIT = {
 METHODS: dict[str, Variant] = {
     variant.name: variant
     for variant in [
-        Variant(REFERENCE, "stepping", label="SteppingNet (trajectory flow)"),
-        Variant("any-width", "stepping", ("construction.policy=any-width",), "any-width"),
+        Variant(REFERENCE, "stepping", _OURS, "SteppingNet (trajectory flow)"),
+        Variant("any-width", "stepping", (*_OURS, "construction.policy=any-width"), "any-width"),
         Variant("slimmable", "slimmable", label="slimmable"),
         Variant("tp-magnitude", "toolkit", label="torch-pruning, group magnitude"),
         Variant("steppingnet-paper", "stepping", _PAPER, "SteppingNet (paper flow)"),
@@ -56,25 +63,25 @@ METHODS: dict[str, Variant] = {
 }
 
 _EXPANSIONS = (1.0, 1.2, 1.5, 1.8, 2.0, 2.5)
-_ABLATION = [
-    Variant("no-suppression", "stepping", ("construction.beta=1", "retrain.beta=1"), "without suppression"),
-    Variant("no-distillation", "stepping", ("retrain.distill_from=none",), "without distillation"),
-    Variant(
-        "neither",
-        "stepping",
-        ("construction.beta=1", "retrain.beta=1", "retrain.distill_from=none"),
-        "without both",
-    ),
-    Variant("equal-shares", "stepping", ("construction.noise=0",), "copies with equal shares"),
-]
+_ABLATION = {
+    "no-suppression": ("without suppression", ["construction.beta=1", "retrain.beta=1"]),
+    "no-distillation": ("without distillation", ["retrain.distill_from=none"]),
+    "neither": ("without both", ["construction.beta=1", "retrain.beta=1", "retrain.distill_from=none"]),
+    "equal-shares": ("copies with equal shares", ["construction.noise=0"]),
+}
 
 STUDIES: dict[str, list[Variant]] = {
     "methods": list(METHODS.values()),
     "expansion": [
-        Variant(f"expansion-{factor:g}", "stepping", (f"construction.expansion={factor}",), f"expansion {factor:g}")
+        Variant(
+            f"expansion-{factor:g}", "stepping", (*_OURS, f"construction.expansion={factor}"), f"expansion {factor:g}"
+        )
         for factor in _EXPANSIONS
     ],
-    "ablation": [METHODS[REFERENCE], *_ABLATION],
+    "ablation": [
+        METHODS[REFERENCE],
+        *[Variant(name, "stepping", (*_OURS, *keys), label) for name, (label, keys) in _ABLATION.items()],
+    ],
 }
 
 
