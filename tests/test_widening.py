@@ -77,7 +77,7 @@ def all_in_one(model: nn.Module, analysis: Analysis, n: int = 2) -> SteppingNet:
     return SteppingNet(model, analysis, ones, list(range(1, n + 1)), 1)
 
 
-@pytest.mark.parametrize("factor, noise", [(1.8, 0.0), (2.0, 0.5)])
+@pytest.mark.parametrize("factor, noise", [(1.8, 0.0), (2.0, 1.0)])
 @pytest.mark.parametrize("name", [*MODELS, *OWN])
 def test_the_wide_network_is_the_same_function(name, factor, noise):
     model, analysis = analysed(name)
@@ -180,7 +180,7 @@ def test_random_weights_come_from_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    "factor, noise, where", [(0.9, 0.0, "expansion"), (float("nan"), 0.0, "expansion"), (2.0, 1.0, "noise")]
+    "factor, noise, where", [(0.9, 0.0, "expansion"), (float("nan"), 0.0, "expansion"), (2.0, 1.1, "noise")]
 )
 def test_impossible_factors_are_refused(factor, noise, where):
     model, analysis = analysed("digits_net")

@@ -33,7 +33,8 @@ class ConstructionConfig:
         cooldown_iterations: after the landing, m batches of training for so many times, without moves; the
             learning rate falls to 0. The last moves are learned too, before accuracy is measured.
         expansion: widen every layer by this factor before construction.
-        noise: how unequally the copies of a widened unit share its outgoing weights, see `widening.widen`.
+        noise: how unequally the copies of a widened unit share its outgoing weights, see `widening.widen`; 0: equally,
+            and copies at one level stay the same unit.
         init: weights of the start network: "original" (widened, same function) or "random".
         importance: estimator of Eq. 2: absolute value "per-sample" or "per-batch" (the paper); or
             "magnitude" of the weights; or "random" order.
@@ -55,7 +56,7 @@ class ConstructionConfig:
     batches: int = 10
     cooldown_iterations: int = 3
     expansion: float = 1.0
-    noise: float = 0.0
+    noise: float = 1.0
     init: str = "original"
     importance: str = "per-sample"
     importance_batches: int = 2
@@ -105,7 +106,7 @@ class ConstructionConfig:
         ]
         ranges = [
             ("expansion", lambda v: v >= 1, "a number from 1 up"),
-            ("noise", lambda v: 0 <= v < 1, "a number from 0 up to 1"),
+            ("noise", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
             ("alpha", lambda v: v > 0, "a number above 0"),
             ("beta", lambda v: 0 < v <= 1, "a number above 0, up to 1 (none)"),
             ("threshold", lambda v: v >= 0, "a number from 0 (none) up"),

@@ -13,6 +13,7 @@ every unit of the tensor has the same number of copies. Such tensors grow by who
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -45,22 +46,22 @@ def widen(model: nn.Module, analysis: Analysis, factor: float, seed: int = 0, no
         analysis: its units.
         factor: at least 1; a width of `size` units grows to `round(factor * size)`.
         seed: decides which units get one copy more than others, and the noise.
-        noise: relative spread of the shares that the copies of a unit get of its outgoing weights. 0: equal
+        noise: relative spread of the shares that the copies of a unit get of each of its outgoing weights. 0: equal
             shares; the copies then have equal gradients and stay the same unit until they are at different
             levels. The function is preserved whatever the noise is.
 
     Raises:
-        SteppingError: factor below 1, or noise that would make a share 0 or less.
+        SteppingError: factor below 1, or noise that could make a share negative.
     """
     if not (math.isfinite(factor) and factor >= 1):
         raise SteppingError(explain("out of range", where="expansion", got=factor, expected="a factor of at least 1"))
-    if not 0 <= noise < 1:
-        raise SteppingError(explain("out of range", where="noise", got=noise, expected="a number from 0 up to 1"))
+    if not 0 <= noise <= 1:
+        raise SteppingError(explain("out of range", where="noise", got=noise, expected="a number from 0 to 1"))
     generator = torch.Generator().manual_seed(seed)
     copies, notes = copies_for(analysis, factor, generator)
     wide, slices = restrict(analysis, copies)
     model = sliced_copy(model, slices)
-    _split_outgoing(model, wide, _shares(copies, noise, generator))
+    _split_outgoing(model, wide, copies, noise, generator)
     return Widened(model, wide, copies, notes)
 
 
@@ -161,29 +162,47 @@ def _cannot_grow(analysis: Analysis) -> Tensor:
     return fixed
 
 
-def _shares(copies: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Share of every new unit in what is read of its old one, float64; the shares of an old unit sum to 1."""
-    parent = torch.arange(len(copies)).repeat_interleave(copies)
-    spread = 2 * torch.rand(len(parent), generator=generator, dtype=torch.float64) - 1
-    shares = (1 + noise * spread) / copies[parent]
-    total = torch.zeros(len(copies), dtype=torch.float64).index_add_(0, parent, shares)
-    return shares / total[parent]
-
-
 @torch.no_grad()
-def _split_outgoing(model: nn.Module, analysis: Analysis, shares: Tensor) -> None:
-    """Multiply every column that reads a unit by the unit's share."""
+def _split_outgoing(
+    model: nn.Module, analysis: Analysis, copies: Tensor, noise: float, generator: torch.Generator
+) -> None:
+    """Divide every weight that read a unit among the copies of the unit."""
     tensors, layouts = named_tensors(model), weight_layouts(analysis)
     columns = {name: (0 if layouts[name][1] else 1, pair[1]) for name, pair in analysis.weight_units.items()}
     for layer in analysis.layers:
         if layer.role == Role.HEAD and layer.weight is not None:
             columns[layer.weight] = (1, layer.in_units)
+    parent = torch.arange(len(copies)).repeat_interleave(copies)
     for name, (axis, units) in columns.items():
-        share = torch.where(units >= 0, shares[units.clamp(min=0)], 1.0)
-        if bool((share != 1).any()):
+        sources = _sources(units, parent)
+        if len(sources.unique()) < len(sources):
             weight = tensors[name]
-            share = share.to(weight).reshape([-1 if d == axis else 1 for d in range(weight.dim())])
-            weight.mul_(share)
+            shares = _shares(sources, weight.shape[1 - axis], noise, generator).to(weight)
+            shares = shares.t() if axis == 0 else shares
+            weight.mul_(shares.reshape(*shares.shape, *[1] * (weight.dim() - 2)))
+
+
+def _sources(units: Tensor, parent: Tensor) -> Tensor:
+    """Which column of the narrow weight each column of a wide one comes from, as equal or different numbers.
+
+    Args:
+        units: wide unit per column, -1 for none.
+        parent: narrow unit per wide unit.
+    """
+    sources, seen = torch.empty_like(units), Counter[int]()
+    for column, unit in enumerate(units.tolist()):
+        seen[unit] += 1  # a unit may have several columns; its copies have them in the same order
+        sources[column] = (seen[unit] * (len(parent) + 1)) + (int(parent[unit]) if unit >= 0 else len(parent))
+    return sources
+
+
+def _shares(sources: Tensor, rows: int, noise: float, generator: torch.Generator) -> Tensor:
+    """Shares (rows, columns), float64; in every row, those of the columns with one source sum to 1."""
+    _, source, count = sources.unique(return_inverse=True, return_counts=True)
+    spread = 2 * torch.rand(rows, len(sources), generator=generator, dtype=torch.float64) - 1
+    shares = (1 + noise * spread) / count[source]
+    total = torch.zeros(rows, len(count), dtype=torch.float64).index_add_(1, source, shares)
+    return shares / total[:, source]
 
 
 def reinitialise(model: nn.Module, seed: int) -> None:
