@@ -24,7 +24,6 @@ from stepping_plugin.compare.studies import STUDIES, method_variants, study_vari
 from stepping_plugin.integrations.fvcore import count_macs
 from stepping_plugin.integrations.torch_pruning.to_budget import PRUNERS, loss_gradients, prune_to_budget
 from stepping_plugin.macs import MacModel
-from stepping_plugin.recipe import load_recipe
 from stepping_plugin.units import analyse
 
 NETS = {
@@ -367,5 +366,5 @@ def test_committed_results_were_made_by_shipped_recipes():
     """Settings that the recipe has by now other values of would make the table a lie."""
     for result in committed():
         variant = {v.name: v for variants in STUDIES.values() for v in variants}[result.variant]
-        recipe = load_recipe(result.recipe, [*variant.overrides, f"seed={result.seed}"])
+        recipe = variant.recipe(result.recipe, seed=result.seed)
         assert differing(result, flat(recipe), FREE) == [], (result.recipe, result.variant, result.seed)

@@ -56,9 +56,10 @@ def test_two_updates_of_every_kind_of_net(name, tmp_path):
 
 
 def test_variants_say_what_they_are_whatever_the_recipe_says():
-    ours, paper = ([*METHODS[name].overrides] for name in (REFERENCE, "steppingnet-paper"))
     for name in ("cifar10_lenet3c1l", "compare_lenet5"):
-        construction = load_recipe(name, ours).construction
+        construction = METHODS[REFERENCE].recipe(name).construction
         assert (construction.flow, construction.init, construction.band) == ("trajectory", "original", (0.8, 1.25))
-        construction = load_recipe(name, paper).construction
+        construction = METHODS["steppingnet-paper"].recipe(name).construction
         assert (construction.flow, construction.importance, construction.band) == ("paper", "per-batch", None)
+        long = METHODS["steppingnet-long"].recipe(name).retrain
+        assert long.epochs == round(2.5 * load_recipe(name).retrain.epochs)

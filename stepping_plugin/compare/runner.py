@@ -62,10 +62,6 @@ class Comparison:
         """Folder of the recipe's results."""
         return Path(self.recipe).stem
 
-    def resolved(self, variant: Variant, seed: int) -> Recipe:
-        """The recipe as this variant runs it."""
-        return load_recipe(self.recipe, [*self.overrides, *variant.overrides, f"seed={seed}"])
-
     def missing(self) -> list[tuple[Variant, int]]:
         """Jobs without a result, seed after seed.
 
@@ -79,7 +75,7 @@ class Comparison:
         path = result_path(self.results, self.name, variant.name, seed)
         if not path.is_file():
             return False
-        changed = differing(read(path), flat(self.resolved(variant, seed)), FREE)
+        changed = differing(read(path), flat(variant.recipe(self.recipe, self.overrides, seed)), FREE)
         if changed:
             raise SteppingError(
                 f"{path} was made with other settings: {'; '.join(changed[:3])}. Run it anew with --again, or choose "
@@ -111,7 +107,7 @@ def compare(comparison: Comparison) -> list[Path]:
 
 
 def _run_job(comparison: Comparison, variant: Variant, seed: int) -> Result:
-    recipe = comparison.resolved(variant, seed)
+    recipe = variant.recipe(comparison.recipe, comparison.overrides, seed)
     assert_comparable(recipe)
     settings, torch_seed = flat(recipe), recipe.seed
     folder = comparison.work / f"{comparison.name}-{variant.name}-{seed}-{_digest(settings)}"

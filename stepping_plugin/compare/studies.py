@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import SteppingError, nearest
+from ..recipe import load_recipe
+from ..recipe_schema import Recipe
 
 __all__ = ["METHODS", "REFERENCE", "STUDIES", "Variant", "method_variants", "study_variants"]
 
@@ -24,12 +26,28 @@ class Variant:
         method: a name in `methods.METHODS`.
         overrides: "key.sub=value" pairs on top of the recipe.
         label: for tables and pictures.
+        stretch: factor on the epochs of the retraining.
     """
 
     name: str
     method: str
     overrides: tuple[str, ...] = ()
     label: str = ""
+    stretch: float = 1.0
+
+    def recipe(self, name: str, overrides: Sequence[str] = (), seed: int = 0) -> Recipe:
+        """A recipe (path or name) as this variant runs it.
+
+        Raises:
+            RecipeError: mistakes in the recipe or the overrides.
+        """
+        given = [*overrides, *self.overrides, f"seed={seed}"]
+        recipe = load_recipe(name, given)
+        if self.stretch == 1:
+            return recipe
+        epochs = round(self.stretch * recipe.retrain.epochs)
+        milestones = [round(self.stretch * m) for m in recipe.retrain.decay_milestones]
+        return load_recipe(name, [*given, f"retrain.epochs={epochs}", f"retrain.decay_milestones={milestones}"])
 
 
 # Spelled out, because a recipe may ask for the paper's construction.
@@ -39,7 +57,11 @@ _OURS = (
     "construction.band=[0.8,1.25]",
     "construction.init=original",
 )
+# One step of all subnets costs about half as much again as a plain one, those of four separate nets cost four: with so
+# many more epochs SteppingNet's training costs as much as theirs.
+_LONG = 2.5
 _PAPER = ("construction.flow=paper", "construction.importance=per-batch", "construction.band=null")
+_REGULAR = "construction.policy=any-width"
 _TOOLKIT = {
     "magnitude": "group magnitude",
     "taylor": "group Taylor",
@@ -53,7 +75,9 @@ METHODS: dict[str, Variant] = {
     variant.name: variant
     for variant in [
         Variant(REFERENCE, "stepping", _OURS, "SteppingNet (trajectory flow)"),
-        Variant("any-width", "stepping", (*_OURS, "construction.policy=any-width"), "any-width"),
+        Variant("any-width", "stepping", (*_OURS, _REGULAR), "any-width"),
+        Variant(f"{REFERENCE}-long", "stepping", _OURS, "SteppingNet, training cost of separate nets", _LONG),
+        Variant("any-width-long", "stepping", (*_OURS, _REGULAR), "any-width, training cost of separate nets", _LONG),
         Variant("slimmable", "slimmable", label="slimmable"),
         Variant("tp-magnitude", "toolkit", label="torch-pruning, group magnitude"),
         Variant("steppingnet-paper", "stepping", _PAPER, "SteppingNet (paper flow)"),
