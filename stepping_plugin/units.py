@@ -109,7 +109,7 @@ def analyse(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ..
     start = time.perf_counter()
     programs = {training: capture(model, image_size, training) for training in modes}
     captured = time.perf_counter()
-    labels = propagate(list(programs.values()), RULES, _tie_shared_parameters)
+    labels = propagate(list(programs.values()), RULES, _settle_parameters)
     analysis = _number(programs, labels, image_size)
     analysis.seconds = {"capture": captured - start, "units": time.perf_counter() - captured}
     if analysis.num_units == 0:
@@ -283,6 +283,29 @@ def _static_operands(node: fx.Node, axis: int) -> Iterator[tuple[fx.Node, int]]:
             own = 0
         if 0 <= own < len(shape) and shape[own] > 1:
             yield operand, own
+
+
+def _settle_parameters(labels: Labels, nodes: list[fx.Node]) -> None:
+    """What parameters with several uses demand of the units."""
+    _tie_shared_parameters(labels, nodes)
+    _pin_weights_of_mixed_use(labels, nodes)
+
+
+def _pin_weights_of_mixed_use(labels: Labels, nodes: list[fx.Node]) -> None:
+    """A weight between units that is also used in another way cannot be masked for one of its uses only."""
+    between: dict[str, list[fx.Node]] = {}
+    mixed: set[str] = set()
+    for node in nodes:
+        masked = node.args[1] if labels.role.get(node) == Role.CHANNELS else None
+        for operand in (n for n in tensor_inputs(node) if is_static(n)):
+            if operand is masked:
+                between.setdefault(weight_key(operand), []).append(node)
+            elif len(operand.meta.get("shape", ())) > 1:
+                mixed.add(weight_key(operand))
+    for key in mixed & between.keys():
+        for node in between[key]:
+            for tensor in (node, node.args[0]):
+                labels.pin(labels.of(tensor), node, "its weight is used in another way, too")
 
 
 def _tie_shared_parameters(labels: Labels, nodes: list[fx.Node]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -239,6 +239,8 @@ class _Canonicaliser:
             self.values[node] = self._emit(_FACTORIES[name], (self.program.image, *args), kwargs, node)
         elif isinstance(node.meta.get("val"), Tensor):
             args, kwargs = self._arguments(node)
+            if name == "cat":
+                args = ([self.values[p] for p in _not_empty(node.args[0])], *args[1:])
             if name in ("view", "_unsafe_view", "reshape"):  # a literal -1 would hide the batch size
                 args = (args[0], self._convert(list(node.meta["val"].shape)))
             target = aten.reshape.default if name in ("view", "_unsafe_view") else node.target
@@ -351,6 +353,11 @@ def _depends_on_batch(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_depends_on_batch(v) for v in value)
     return isinstance(value, int) and not isinstance(value, bool) and value != 0 and value % BATCH == 0
+
+
+def _not_empty(pieces: Sequence[fx.Node]) -> Sequence[fx.Node]:
+    """Pieces of a concatenation that hold something (models without prefix tokens concatenate none of them)."""
+    return [p for p in pieces if p.meta["val"].numel() > 0] or pieces
 
 
 def _first(node: fx.Node) -> tuple[fx.Node, Tensor]:

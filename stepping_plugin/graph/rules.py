@@ -84,6 +84,8 @@ def move(labels: Labels, node: fx.Node) -> Tensor | None:
         return passed
     source = node.args[0]
     label = labels.of(source) if isinstance(source, fx.Node) else None
+    if 0 in shape_of(node):
+        return free(node)
     if label is None or label.numel() == 1:
         return free(node) + (label.flatten()[0] if label is not None else FREE)
     name = op_name(node)
