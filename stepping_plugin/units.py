@@ -320,7 +320,7 @@ def _tie_shared_parameters(labels: Labels, nodes: list[fx.Node]) -> None:
             if operand.op == "placeholder" and operand.meta["dtype"].is_floating_point and len(operand.users) > 1:
                 label = labels.of(node).flatten()
                 if len(label) == operand.meta["shape"][own]:
-                    labels.sets.union(label, first.setdefault((operand.meta["tensor"], own), label))
+                    labels.tie(label, first.setdefault((operand.meta["tensor"], own), label), node)
 
 
 def _param_units(programs: dict[bool, Program]) -> dict[str, tuple[int, Tensor]]:

@@ -26,6 +26,7 @@ from .program import (
     op_name,
     static_value,
 )
+from .recurrent import DECOMPOSITIONS
 
 __all__ = ["BATCH", "capture"]
 
@@ -65,7 +66,7 @@ def _export(model: nn.Module, image_size: tuple[int, ...]) -> torch.export.Expor
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, (image,), strict=False).run_decompositions({})
+            return torch.export.export(model, (image,), strict=False).run_decompositions(DECOMPOSITIONS)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be captured for images of shape {tuple(image_size)}: torch.export says "
@@ -233,6 +234,8 @@ class _Canonicaliser:
             self.values[node] = self._emit(aten.dropout.default, (self.values[x], p, True), {}, _first(node))
         elif name == "_to_copy" and (anchor := self._cast_back(node)) is not None:
             self.values[node] = self._emit(aten.type_as.default, (self.values[node.args[0]], anchor), {}, node)
+        elif name == "scaled_dot_product_attention" and _has_one_head(node):
+            self.values[node] = self._attention_of_one_head(node)
         elif name in _FACTORIES and _depends_on_batch(node.args):
             args, kwargs = self._arguments(node)
             kwargs.pop("device", None)
@@ -246,6 +249,23 @@ class _Canonicaliser:
             target = aten.reshape.default if name in ("view", "_unsafe_view") else node.target
             self.values[node] = self._emit(target, args, kwargs, node)
         # what is left has several outputs and is written when an output is taken
+
+    def _attention_of_one_head(self, node: fx.Node) -> fx.Node:
+        """Attention as two products: with one head, queries and keys are one unit, but values may still move."""
+        query, key, value = (self.values[n] for n in node.args[:3])
+        mask, scale = call_arg(node, "attn_mask"), call_arg(node, "scale")
+        q, k = (n.meta["val"] for n in node.args[:2])
+        weights = (node, q.new_empty(*q.shape[:-1], k.shape[-2]))
+        size = q.shape[-1]
+        scaled = self._emit(aten.mul.Tensor, (query, size**-0.5 if scale is None else scale), {}, node.args[0])
+        turned = self._emit(aten.transpose.int, (key, -2, -1), {}, (node, k.transpose(-2, -1)))
+        product = self._emit(aten.matmul.default, (scaled, turned), {}, weights)
+        if mask is not None:
+            product = self._emit(aten.add.Tensor, (product, self.values[mask]), {}, weights)
+        result = self._emit(aten.softmax.int, (product, -1), {}, weights)
+        if dropped := call_arg(node, "dropout_p", 0.0):
+            result = self._emit(aten.dropout.default, (result, dropped, True), {}, weights)
+        return self._emit(aten.matmul.default, (result, value), {}, node)
 
     def _cast_back(self, node: fx.Node) -> fx.Node | None:
         """The parameter to whose type a value made from it is cast (a resampled position embedding), if that is all.
@@ -353,6 +373,14 @@ def _depends_on_batch(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_depends_on_batch(v) for v in value)
     return isinstance(value, int) and not isinstance(value, bool) and value != 0 and value % BATCH == 0
+
+
+def _has_one_head(node: fx.Node) -> bool:
+    """Whether an attention has one head and no mask that would need more than an addition."""
+    query, mask = node.args[0].meta["val"], call_arg(node, "attn_mask")
+    one = query.shape[1] == 1 if query.dim() == 4 else query.dim() == 3 and query.shape[0] == BATCH
+    plain = mask is None or mask.meta["val"].is_floating_point()
+    return one and plain and not call_arg(node, "is_causal", False) and not call_arg(node, "enable_gqa", False)
 
 
 def _not_empty(pieces: Sequence[fx.Node]) -> Sequence[fx.Node]:

@@ -126,10 +126,11 @@ class Operands(ABC):
         return self._mapped(node, self.any_value)
 
     def _product_operand(self, operand: fx.Node, node: fx.Node) -> fx.Node:
-        """Units of a matrix product lie on a leading axis (heads) or on the axis that is not contracted."""
-        if is_static(operand) and node.meta["axis"] is not None and node.meta["axis"] >= len(node.meta["shape"]) - 2:
+        """Units of a matrix product lie on a leading axis (heads), or on an axis that one operand alone has."""
+        axis, rank = node.meta["axis"], len(node.meta["shape"])
+        if axis is None or (axis >= rank - 2 and operand is not node.args[0 if axis == rank - 2 else 1]):
             return self.any_value(operand)
-        return self.aligned(operand, node) if node.meta["units"] is not None else self.any_value(operand)
+        return self.aligned(operand, node)
 
     # -- weights
 
