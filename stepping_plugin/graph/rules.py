@@ -434,13 +434,13 @@ def _join_or_pin(labels: Labels, node: fx.Node, operands: list[Tensor]) -> Tenso
     """Units of the operands of a product join along its leading axes (heads).
 
     Where that would leave one single unit (one head, keys that all heads share, a product of features and states), only
-    the operand with the most units keeps them; the others stay at level 1.
+    the operand with several heads, else the one with the most units, keeps them; the others stay at level 1.
     """
     rank = len(shape_of(node))
     trial = labels.copy()
     if trial.units_in(trial.join([trial.merge(o, [-1, -2]) for o in operands], rank)) > 1:
         return labels.join([labels.merge(o, [-1, -2]) for o in operands], rank)
-    kept = max(operands, key=labels.units_in)
+    kept = max(operands, key=lambda o: (any(size > 1 for size in o.shape[:-2]), labels.units_in(o)))
     for operand in operands:
         if operand is not kept:
             labels.pin(operand, node, "a product with a tensor of other units")
