@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from .errors import CaptureError
 from .graph.capture import capture
-from .graph.labels import Labels, Role, compress, labelled_axis, propagate
+from .graph.labels import Labels, Role, compress, labelled_axis, propagate, units_only
 from .graph.program import Program, is_static, op_name, tensor_inputs
 from .graph.rules import RULES, weight_key
 from .graph.slicing import ParameterSlice, slice_programs
@@ -179,7 +179,7 @@ def _annotate(node: fx.Node, labels: Labels, unit_of: Callable[[Tensor], Tensor]
     node.meta["axis"] = node.meta["units"] = None
     if node not in labels.raw:
         return
-    label = labels.of(node)
+    label = units_only(labels.of(node))
     axis = labelled_axis(label)
     if axis is None:
         return
@@ -228,7 +228,8 @@ def _layers(program: Program) -> Iterator[Layer]:
         weight = weight_key(node.args[1]) if weighted and is_static(node.args[1]) else None
         outputs = node.meta["units"] if node.meta["units"] is not None else nothing
         inputs = nothing
-        if role in (Role.CHANNELS, Role.GROUPED, Role.HEAD):
+        beside = role == Role.GROUPED and node.meta["axis"] != 1  # heads folded into the batch, each with all groups
+        if role in (Role.CHANNELS, Role.GROUPED, Role.HEAD) and not beside:
             source: fx.Node = node.args[0]
             outputs = full_units(node, channel_axis(node))
             inputs = full_units(source, channel_axis(source, node))
@@ -312,13 +313,13 @@ def _tie_shared_parameters(labels: Labels, nodes: list[fx.Node]) -> None:
     """A parameter that several call sites use belongs to the same units at all of them."""
     first: dict[tuple[str, int], Tensor] = {}
     for node in nodes:
-        axis = labelled_axis(labels.of(node)) if node in labels.raw else None
+        axis = labelled_axis(units_only(labels.of(node))) if node in labels.raw else None
         if axis is None:
             continue
         node.meta["role"] = labels.role.get(node)
         for operand, own in _static_operands(node, axis):
             if operand.op == "placeholder" and operand.meta["dtype"].is_floating_point and len(operand.users) > 1:
-                label = labels.of(node).flatten()
+                label = units_only(labels.of(node)).flatten()
                 if len(label) == operand.meta["shape"][own]:
                     labels.tie(label, first.setdefault((operand.meta["tensor"], own), label), node)
 

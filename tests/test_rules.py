@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepping_plugin import verify
+from stepping_plugin.graph.decompositions import einsum
 from stepping_plugin.macs import MacModel
 from stepping_plugin.net import SteppingNet
 from stepping_plugin.units import analyse
@@ -213,3 +214,61 @@ def test_macs_of_pinned_products_are_those_of_the_model():
         analysis = analyse(ready(Tokens(inner)), SIZE, (False,))
         model = MacModel(analysis)
         assert int(model.subnet_macs(torch.ones(analysis.num_units).long(), 1)[0]) == model.total
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("byhwc,hkc->byhwk", [(2, 3, 4, 5, 6), (4, 7, 6)]),
+        ("bhwc,wkc->bhwk", [(2, 3, 4, 6), (4, 5, 6)]),
+        ("bnk,bnv->bkv", [(2, 5, 3), (2, 5, 4)]),
+        ("bhqk,bnkhv->bhqnv", [(2, 3, 4, 5), (2, 7, 5, 3, 2)]),
+        ("bcd,bcd->b", [(2, 3, 4), (2, 3, 4)]),
+        ("ij,jk->ki", [(2, 3), (3, 4)]),
+    ],
+)
+def test_einsum_as_a_product(equation, shapes):
+    operands = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    torch.testing.assert_close(einsum(equation, operands), torch.einsum(equation, operands), rtol=1e-12, atol=1e-12)
+
+
+class PooledHeads(nn.Module):
+    """Keys pooled by a depthwise convolution that all heads share, folded into the batch, as in MViTv2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.pool = nn.Conv2d(4, 4, 3, 2, 1, groups=4)
+        self.bias = nn.Parameter(torch.randn(4, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = len(x)
+        q, k, v = self.qkv(x).reshape(b, 16, 3, 3, 4).permute(2, 0, 3, 1, 4)
+        k = self.pool(k.reshape(b * 3, 4, 4, 4).permute(0, 3, 1, 2)).reshape(b, 3, 4, 4)
+        v = self.pool(v.reshape(b * 3, 4, 4, 4).permute(0, 3, 1, 2)).reshape(b, 3, 4, 4)
+        weights = (q @ k).reshape(b, 3, 4, 4, 4)
+        weights[:] = weights + torch.einsum("byhwc,hkc->byhwk", q.reshape(b, 3, 4, 4, 4), self.bias)[..., :4]
+        y = weights.reshape(b, 3, 16, 4).softmax(-1) @ v.transpose(-2, -1)
+        return x + self.out(y.transpose(1, 2).reshape(b, 16, 12))
+
+
+def test_heads_folded_into_the_batch():
+    net = check(ready(Tokens(PooledHeads())))
+    assert net.analysis.pinned_channels == 0
+    assert net.deploy().macs == net.macs
+
+
+class PackedAttention(nn.Module):
+    """One head whose queries, keys and values come from one layer and are told apart by an axis of a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(len(x), 16, 3, 1, 12).permute(2, 0, 3, 1, 4)
+        return x + self.out((q @ k.transpose(-2, -1)).softmax(-1) @ v).reshape(x.shape)
+
+
+def test_pinned_channels_and_units_across_two_axes():
+    assert check(ready(Tokens(PackedAttention()))).analysis.pinned_channels == 36

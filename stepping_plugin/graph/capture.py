@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import CaptureError
+from ..errors import CaptureError, explain
+from .decompositions import DECOMPOSITIONS
+from .diagnosis import capture_failure, refuse_data_dependence
 from .program import (
     Program,
     batch_expression,
@@ -26,7 +28,6 @@ from .program import (
     op_name,
     static_value,
 )
-from .recurrent import DECOMPOSITIONS
 
 __all__ = ["BATCH", "capture"]
 
@@ -66,18 +67,11 @@ def _export(model: nn.Module, image_size: tuple[int, ...]) -> torch.export.Expor
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, (image,), strict=False).run_decompositions(DECOMPOSITIONS)
+            exported = torch.export.export(model, (image,), strict=False).run_decompositions(DECOMPOSITIONS)
     except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be captured for images of shape {tuple(image_size)}: torch.export says "
-            f"{type(error).__name__}: {_first_lines(str(error))}\nGive example_inputs of the shape the model expects; "
-            f"a model whose control flow depends on the data has to be rewritten without it."
-        ) from error
-
-
-def _first_lines(text: str, limit: int = 12) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return "\n".join(lines[:limit])
+        raise capture_failure(model, image_size, error) from error
+    refuse_data_dependence(model, exported.graph)
+    return exported
 
 
 # Operators whose first output is all that inference needs: (single-output form, arguments that it takes).
@@ -107,7 +101,7 @@ class _Canonicaliser:
     """Copies the exported graph into a `Program`, one rewrite per multi-output operator."""
 
     def __init__(self, exported: torch.export.ExportedProgram, model: nn.Module, training: bool) -> None:
-        self.exported, self.own = exported, named_tensors(model)
+        self.exported, self.model, self.own = exported, model, named_tensors(model)
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self.batches: dict[int, fx.Node] = {}
@@ -170,8 +164,7 @@ class _Canonicaliser:
         seen: dict[str, fx.Node] = {}
         for node in sorted(nodes, key=lambda n: n.name in names):  # the image comes first
             if node.name not in names:
-                if self.has_image:
-                    raise CaptureError("The model takes several inputs; one image batch (B, C, H, W) is supported.")
+                assert not self.has_image, "torch.export was given one input"
                 self.has_image = True
                 self.program.image = self.values[node] = self._new_placeholder("x", node)
                 continue
@@ -208,10 +201,17 @@ class _Canonicaliser:
                     kept_mutations.append((mutated[out.name], self.values[out]))
             else:
                 results.append(out)
-        if len(results) != 1 or not isinstance(results[0], fx.Node):
+        tensors = [out for out in results if isinstance(out, fx.Node)]
+        if len(results) != 1 or not tensors:
+            mode = "train" if self.program.training else "eval"
             raise CaptureError(
-                f"The model returns {len(results)} tensors in {'train' if self.program.training else 'eval'} mode; "
-                "one tensor of class scores (B, classes) is expected. Wrap the model so that it returns nothing else."
+                explain(
+                    "not a classifier of images",
+                    where=f"{type(self.model).__name__}.forward in {mode} mode",
+                    got=f"{len(tensors)} tensors as its result",
+                    expected="one tensor of class scores (B, classes)",
+                    action="Wrap the model in a module that returns nothing else.",
+                )
             )
         self.program.mutations = [name for name, _ in kept_mutations]
         self.graph.output((self.values[results[0]], *[value for _, value in kept_mutations]))
@@ -234,6 +234,8 @@ class _Canonicaliser:
             self.values[node] = self._emit(aten.dropout.default, (self.values[x], p, True), {}, _first(node))
         elif name == "_to_copy" and (anchor := self._cast_back(node)) is not None:
             self.values[node] = self._emit(aten.type_as.default, (self.values[node.args[0]], anchor), {}, node)
+        elif name == "copy" and node.args[0].meta["val"].shape == node.args[1].meta["val"].shape:
+            self.values[node] = self.values[node.args[1]]  # what an assignment to a slice leaves
         elif name == "scaled_dot_product_attention" and _has_one_head(node):
             self.values[node] = self._attention_of_one_head(node)
         elif name in _FACTORIES and _depends_on_batch(node.args):

@@ -23,7 +23,7 @@ from ..errors import CaptureError
 from .program import Program, is_static, op_name, tensor_inputs
 from .unionfind import PINNED, UnionFind
 
-__all__ = ["Labels", "Pin", "Role", "compress", "labelled_axis", "propagate"]
+__all__ = ["Labels", "Pin", "Role", "compress", "labelled_axis", "propagate", "units_only"]
 
 MAX_PASSES = 30
 
@@ -255,8 +255,17 @@ def _one_axis_per_tensor(labels: Labels, nodes: list[fx.Node]) -> None:
     for node in nodes:
         if node not in labels.raw:
             continue
-        label = labels.of(node)
+        label = units_only(labels.of(node))
         varying = [d for d in range(label.dim()) if label.shape[d] > 1]
         if len(varying) > 1:
             best = max(varying, key=lambda k: labels.units_after_merge(label, [d for d in varying if d != k]))
-            labels.merge(label, [d for d in varying if d != best])
+            others = [d for d in varying if d != best]
+            labels.merge(label, others)
+            left = labels.sets.find(label)
+            lowest, highest = left.amin(others), left.amax(others)
+            labels.pin(highest[lowest != highest], node, "units and pinned channels lie across two axes")
+
+
+def units_only(labels: Tensor) -> Tensor:
+    """Labels that tell units apart, but not why other elements belong to none."""
+    return compress(labels.clamp(min=PINNED))

@@ -155,6 +155,8 @@ class Operands(ABC):
         x, weight, bias, rest = _weighted_arguments(node)
         if not self.changed(node):
             return (self.any_value(x), self.any_value(weight), self.static(bias), *rest)
+        if node.meta["axis"] != 1:  # heads folded into the batch
+            return (self.aligned(x, node), self.any_value(weight), self.static(bias), *rest)
         kept, outputs = self.positions(node), len(node.meta["units"])
         place = groups_argument(node)
         groups = rest[place]

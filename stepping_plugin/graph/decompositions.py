@@ -1,12 +1,13 @@
-"""Recurrent layers, written out step by step, so that the rules of linears and elementwise operators cover them.
+"""Composite operators written out in elementary ones, so that the rules of those cover them.
 
 A hidden channel of an LSTM reads the inputs and the hidden channels of its own or a lower level: both of its weights are
 ordinary weights between units, and the four gates of a channel are one unit. The unrolled graph grows with the number
-of time steps.
+of time steps. An einsum is a product of two tensors with permuted axes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,4 +85,33 @@ def _one_direction(
     return torch.stack(outputs[::-1] if backwards else outputs, time), h, c
 
 
-DECOMPOSITIONS: dict[Any, Callable] = {torch.ops.aten.lstm.input: lstm}
+def einsum(equation: str, operands: Sequence[Tensor], *, path: Any = None) -> Tensor:
+    """`aten.einsum` of two operands as one `matmul`; anything else stays an einsum.
+
+    Axes of the first operand alone stay axes of the product, so that units on one of them stay on it.
+    """
+    terms, _, result = equation.replace(" ", "").partition("->")
+    if len(operands) != 2 or not result or any(len(set(t)) < len(t) or "." in t for t in (*terms.split(","), result)):
+        return NotImplemented
+    first, second = terms.split(",")
+    shared = [k for k in first if k in second and k in result]
+    summed = [k for k in first if k in second and k not in result]
+    rows = [k for k in first if k not in second]
+    columns = [k for k in second if k not in first]
+    if not summed or any(k not in result for k in rows + columns):
+        return NotImplemented
+    size = {k: s for t, operand in zip((first, second), operands) for k, s in zip(t, operand.shape)}
+    a = operands[0].permute([first.index(k) for k in shared + rows + summed])
+    b = operands[1].permute([second.index(k) for k in shared + summed + columns])
+    depth, width = math.prod(size[k] for k in summed), math.prod(size[k] for k in columns)
+    if len(summed) > 1:
+        a = a.reshape([size[k] for k in shared + rows] + [depth])
+    if not rows:
+        a = a.unsqueeze(-2)
+    b = b.reshape([size[k] for k in shared] + [1] * (len(rows) - 1) + [depth, width])
+    product = (a @ b).reshape([size[k] for k in shared + rows + columns])
+    order = shared + rows + columns
+    return product.permute([order.index(k) for k in result])
+
+
+DECOMPOSITIONS: dict[Any, Callable] = {torch.ops.aten.lstm.input: lstm, torch.ops.aten.einsum.default: einsum}
