@@ -88,6 +88,10 @@ def _add_coverage(commands: Any) -> None:
     coverage.add_argument("--again", action="store_true", help="repeat models of the output that are not ok")
     coverage.add_argument("--output", default="coverage_results.json", help="made or continued (coverage_results.json)")
     coverage.add_argument("--table", metavar="FILE", help="also write the results as a Markdown table")
+    coverage.add_argument(
+        "--fuzz", type=int, metavar="COUNT", help="check COUNT random small networks instead of models"
+    )
+    coverage.add_argument("--seed", type=int, default=0, help="first seed of --fuzz (0)")
     coverage.set_defaults(command=_coverage)
 
 
@@ -96,6 +100,10 @@ def _coverage(arguments: argparse.Namespace) -> int:
     from .coverage.runner import run_coverage
     from .coverage.table import markdown_table, summary_lines
 
+    if arguments.fuzz:
+        from .coverage.fuzz import run_fuzz
+
+        return 1 if run_fuzz(arguments.seed, arguments.fuzz, lambda text: print(text, flush=True)) else 0
     limit = arguments.all_variants_under
     specs = select(arguments.models, arguments.family_smallest, None if limit is None else int(limit))
     rows = run_coverage(

@@ -114,7 +114,7 @@ class StateSpace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         write, read = self.states(x).chunk(2, -1)
-        hidden = self.mix((write.softmax(1).transpose(1, 2) @ x))
+        hidden = self.mix(write.softmax(1).transpose(1, 2) @ x)
         return x + torch.tanh(read) @ hidden
 
 
@@ -272,3 +272,28 @@ class PackedAttention(nn.Module):
 
 def test_pinned_channels_and_units_across_two_axes():
     assert check(ready(Tokens(PackedAttention()))).analysis.pinned_channels == 36
+
+
+class Shuffled(nn.Module):
+    """Channel shuffle between convolutions, a few times over (ShuffleNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 1) for _ in range(3)])
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for conv in self.convs:
+            first, second = x.chunk(2, 1)
+            x = torch.cat([first, conv(second)], 1)
+            b, c, h, w = x.shape
+            x = x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+        return self.head(x.mean((2, 3)))
+
+
+def test_channel_shuffles_keep_all_units_apart():
+    model = ready(Shuffled())
+    net = check(model)
+    assert net.analysis.pinned_channels == 0
+    assert net.analysis.num_units == 8 + 3 * 4, "one unit per channel of the stem and of every convolution"

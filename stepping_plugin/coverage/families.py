@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import SteppingError, nearest
 
-__all__ = ["CLASSES", "FAMILIES", "Spec", "select"]
+__all__ = ["CLASSES", "FAMILIES", "TORCHVISION", "Spec", "select"]
 
 CLASSES = 10  # of every model in a coverage run: the classifier is not what is being examined
 
@@ -144,6 +144,30 @@ FAMILIES: tuple[Spec, ...] = (
     Spec("xcit_nano_12_p8_224", "xcit", 64),
 )
 
+# The smallest classifier of every family of torchvision.
+TORCHVISION: tuple[Spec, ...] = tuple(
+    Spec(f"torchvision:{model}", f"torchvision.{module}", image, kwargs)
+    for module, model, image, kwargs in (
+        ("alexnet", "alexnet", 64, {}),
+        ("convnext", "convnext_tiny", 64, {}),
+        ("densenet", "densenet121", 64, {}),
+        ("efficientnet", "efficientnet_b0", 64, {}),
+        ("googlenet", "googlenet", 64, {"aux_logits": False, "init_weights": False}),
+        ("inception", "inception_v3", 96, {"aux_logits": False, "init_weights": False}),
+        ("maxvit", "maxvit_t", 64, {"input_size": [64, 64], "partition_size": 2}),
+        ("mnasnet", "mnasnet0_5", 64, {}),
+        ("mobilenetv2", "mobilenet_v2", 64, {}),
+        ("mobilenetv3", "mobilenet_v3_small", 64, {}),
+        ("regnet", "regnet_y_400mf", 64, {}),
+        ("resnet", "resnet18", 64, {}),
+        ("shufflenetv2", "shufflenet_v2_x0_5", 64, {}),
+        ("squeezenet", "squeezenet1_1", 64, {}),
+        ("swin_transformer", "swin_t", 64, {}),
+        ("vgg", "vgg11", 64, {}),
+        ("vision_transformer", "vit_b_16", 64, {"image_size": 64}),
+    )
+)
+
 
 def select(
     patterns: Iterable[str] = (),
@@ -155,7 +179,7 @@ def select(
     Args:
         patterns: shell patterns of timm names, module names or `torchvision:NAME`. Alone they select models; with
             one of the other choices they narrow it down.
-        family_smallest: the models of `FAMILIES`.
+        family_smallest: the models of `FAMILIES` and `TORCHVISION`.
         all_variants_under: every timm model with fewer parameters than this.
 
     Raises:
@@ -163,13 +187,13 @@ def select(
     """
     patterns = list(patterns)
     if family_smallest:
-        specs = list(FAMILIES)
+        specs = list(FAMILIES + TORCHVISION)
     elif all_variants_under is not None:
         specs = _variants(all_variants_under)
     elif patterns:
         return _by_name(patterns)
     else:
-        specs = list(FAMILIES)
+        specs = list(FAMILIES + TORCHVISION)
     if patterns:
         specs = [s for s in specs if any(fnmatch.fnmatchcase(n, p) for p in patterns for n in (s.model, s.module))]
     if not specs:
@@ -201,7 +225,7 @@ def _by_name(patterns: list[str]) -> list[Spec]:
     for pattern in patterns:
         known = {s.model: s for s in FAMILIES if fnmatch.fnmatchcase(s.module, pattern) or s.model == pattern}
         if pattern.startswith("torchvision:"):
-            known |= {s.model: s for s in _torchvision(pattern.removeprefix("torchvision:"))}
+            known = {s.model: s for s in _torchvision(pattern)}
         names = [n for n in timm.list_models() if fnmatch.fnmatchcase(n, pattern) and n not in known]
         if not known and not names:
             raise SteppingError(f"models: timm has no model {pattern!r}; {nearest(pattern, timm.list_models())}")
@@ -212,9 +236,11 @@ def _by_name(patterns: list[str]) -> list[Spec]:
 def _torchvision(pattern: str) -> list[Spec]:
     from torchvision import models
 
-    names = [n for n in models.list_models(module=models) if fnmatch.fnmatchcase(n, pattern)]
-    modules = {n: models.get_model_builder(n).__module__.rpartition(".")[2] for n in names}
-    return [Spec(f"torchvision:{n}", f"torchvision.{modules[n]}", 224) for n in names]
+    chosen = {spec.model: spec for spec in TORCHVISION}
+    names = [f"torchvision:{name}" for name in models.list_models(module=models)]
+    modules = {n: models.get_model_builder(n.partition(":")[2]).__module__.rpartition(".")[2] for n in names}
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    return [chosen.get(name) or Spec(name, f"torchvision.{modules[name]}", 224) for name in found]
 
 
 def spec_of(name: str) -> Spec:

@@ -35,8 +35,8 @@ def _passed(row: Row, stage: str) -> bool:
 
 
 _COLUMNS = (
-    "module", "model", "status", "units (groups)", "pinned", "why", "identity", "train mode", "leak", "cut out", "engine",
-    "floor", "budgets used", "torch-pruning", "convert, s", "all, s",
+    "module", "model", "status", "units (groups)", "pinned", "why", "identity", "train mode", "leak", "cut out",
+    "engine", "floor", "budgets used", "torch-pruning", "convert, s", "all, s",
 )  # fmt: skip
 
 

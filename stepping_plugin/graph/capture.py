@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from ..errors import CaptureError, explain
 from .decompositions import DECOMPOSITIONS
 from .diagnosis import capture_failure, refuse_data_dependence
+from .peephole import fuse_shuffles
 from .program import (
     Program,
     batch_expression,
@@ -118,6 +119,7 @@ class _Canonicaliser:
         self._output(next(n for n in nodes if n.op == "output"))
         self.graph.eliminate_dead_code()
         _mark_static(self.program)
+        fuse_shuffles(self.program)
         self._fold_constants()
         self.graph.lint()
         return self.program

@@ -1,8 +1,8 @@
 """Composite operators written out in elementary ones, so that the rules of those cover them.
 
-A hidden channel of an LSTM reads the inputs and the hidden channels of its own or a lower level: both of its weights are
-ordinary weights between units, and the four gates of a channel are one unit. The unrolled graph grows with the number
-of time steps. An einsum is a product of two tensors with permuted axes.
+A hidden channel of an LSTM reads the inputs and the hidden channels of its own or a lower level: both of its weights
+are ordinary weights between units, and the four gates of a channel are one unit. The unrolled graph grows with the
+number of time steps. An einsum is a product of two tensors with permuted axes.
 """
 
 from __future__ import annotations

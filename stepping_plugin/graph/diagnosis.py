@@ -33,7 +33,9 @@ def capture_failure(model: nn.Module, image_size: tuple[int, ...], error: Except
                 action="Wrap it in a module that holds or makes them.",
             )
         )
-    if any(cause in f"{type(error).__name__} {type(error.__cause__).__name__}" for cause in _DYNAMIC) or re.search(r"\bz?u[a-z]*\d+\b", text):
+    if any(cause in f"{type(error).__name__} {type(error.__cause__).__name__}" for cause in _DYNAMIC) or re.search(
+        r"\bz?u[a-z]*\d+\b", text
+    ):
         what = f"{name} decides by the values of a tensor what to compute (a condition, a loop bound or an index)"
         return CaptureError(explain(what, where=place, action=_REWRITE))
     if ".numpy()" in text:
