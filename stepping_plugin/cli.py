@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(command=_export)
     validate.set_defaults(command=_validate)
     _add_compare(commands)
+    _add_coverage(commands)
     return parser
 
 
@@ -125,6 +126,54 @@ def _compare(arguments: argparse.Namespace) -> int:
         file = Path(arguments.summary)
         file.write_text(fill(file.read_text(encoding="utf-8"), read_all(results)), encoding="utf-8")
     return 0
+
+
+def _add_coverage(commands: Any) -> None:
+    coverage = commands.add_parser("coverage", help="convert many models and check every promise on each of them")
+    coverage.add_argument(
+        "--models", nargs="+", default=[], metavar="PATTERN", help="timm names, modules, torchvision:*"
+    )
+    which = coverage.add_mutually_exclusive_group()
+    which.add_argument("--family-smallest", action="store_true", help="one model per timm module (default)")
+    which.add_argument("--all-variants-under", type=float, metavar="PARAMS", help="every timm model below, e.g. 5e6")
+    coverage.add_argument("--jobs", type=int, default=1, help="models at a time (1)")
+    coverage.add_argument("--time-limit", type=float, default=600.0, help="seconds per model (600)")
+    coverage.add_argument("--memory-limit", type=float, default=12.0, help="GiB per model (12)")
+    coverage.add_argument("--again", action="store_true", help="repeat models of the output that are not ok")
+    coverage.add_argument("--output", default="coverage_results.json", help="made or continued (coverage_results.json)")
+    coverage.add_argument("--table", metavar="FILE", help="also write the results as a Markdown table")
+    coverage.add_argument(
+        "--fuzz", type=int, metavar="COUNT", help="check COUNT random small networks instead of models"
+    )
+    coverage.add_argument("--seed", type=int, default=0, help="first seed of --fuzz (0)")
+    coverage.set_defaults(command=_coverage)
+
+
+def _coverage(arguments: argparse.Namespace) -> int:
+    from .coverage.families import select
+    from .coverage.runner import run_coverage
+    from .coverage.table import markdown_table, summary_lines
+
+    if arguments.fuzz:
+        from .coverage.fuzz import run_fuzz
+
+        return 1 if run_fuzz(arguments.seed, arguments.fuzz, lambda text: print(text, flush=True)) else 0
+    limit = arguments.all_variants_under
+    specs = select(arguments.models, arguments.family_smallest, None if limit is None else int(limit))
+    rows = run_coverage(
+        specs,
+        arguments.output,
+        jobs=arguments.jobs,
+        seconds=arguments.time_limit,
+        gib=arguments.memory_limit,
+        again=arguments.again,
+        say=lambda text: print(text, flush=True),
+    )
+    lines = summary_lines(rows)
+    if arguments.table:
+        Path(arguments.table).write_text("\n".join([*lines, "", markdown_table(rows), ""]))
+    print("\n".join(lines))
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 
 def _run(arguments: argparse.Namespace) -> int:

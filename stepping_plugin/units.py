@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from .errors import CaptureError
 from .graph.capture import capture
-from .graph.labels import Labels, Role, compress, labelled_axis, propagate
+from .graph.labels import Labels, Role, compress, labelled_axis, propagate, units_only
 from .graph.program import Program, is_static, op_name, tensor_inputs
 from .graph.rules import RULES, weight_key
 from .graph.slicing import ParameterSlice, slice_programs
@@ -109,7 +109,7 @@ def analyse(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ..
     start = time.perf_counter()
     programs = {training: capture(model, image_size, training) for training in modes}
     captured = time.perf_counter()
-    labels = propagate(list(programs.values()), RULES, _tie_shared_parameters)
+    labels = propagate(list(programs.values()), RULES, _settle_parameters)
     analysis = _number(programs, labels, image_size)
     analysis.seconds = {"capture": captured - start, "units": time.perf_counter() - captured}
     if analysis.num_units == 0:
@@ -179,7 +179,7 @@ def _annotate(node: fx.Node, labels: Labels, unit_of: Callable[[Tensor], Tensor]
     node.meta["axis"] = node.meta["units"] = None
     if node not in labels.raw:
         return
-    label = labels.of(node)
+    label = units_only(labels.of(node))
     axis = labelled_axis(label)
     if axis is None:
         return
@@ -228,7 +228,8 @@ def _layers(program: Program) -> Iterator[Layer]:
         weight = weight_key(node.args[1]) if weighted and is_static(node.args[1]) else None
         outputs = node.meta["units"] if node.meta["units"] is not None else nothing
         inputs = nothing
-        if role in (Role.CHANNELS, Role.GROUPED, Role.HEAD):
+        beside = role == Role.GROUPED and node.meta["axis"] != 1  # heads folded into the batch, each with all groups
+        if role in (Role.CHANNELS, Role.GROUPED, Role.HEAD) and not beside:
             source: fx.Node = node.args[0]
             outputs = full_units(node, channel_axis(node))
             inputs = full_units(source, channel_axis(source, node))
@@ -273,8 +274,8 @@ def _static_operands(node: fx.Node, axis: int) -> Iterator[tuple[fx.Node, int]]:
     for operand in (n for n in tensor_inputs(node) if is_static(n)):
         shape = operand.meta.get("shape", ())
         own = axis - (rank - len(shape))
-        if name in ("batch_norm", "group_norm") and axis == 1:
-            own = 0
+        if name in ("batch_norm", "group_norm", "prelu") and operand is not node.args[0]:
+            own = 0 if axis == 1 else -1
         elif name == "linear" or name.startswith("conv"):
             if axis != channel_axis(node) or role in (Role.CARRIED, Role.TAPS):
                 continue
@@ -285,19 +286,42 @@ def _static_operands(node: fx.Node, axis: int) -> Iterator[tuple[fx.Node, int]]:
             yield operand, own
 
 
+def _settle_parameters(labels: Labels, nodes: list[fx.Node]) -> None:
+    """What parameters with several uses demand of the units."""
+    _tie_shared_parameters(labels, nodes)
+    _pin_weights_of_mixed_use(labels, nodes)
+
+
+def _pin_weights_of_mixed_use(labels: Labels, nodes: list[fx.Node]) -> None:
+    """A weight between units that is also used in another way cannot be masked for one of its uses only."""
+    between: dict[str, list[fx.Node]] = {}
+    mixed: set[str] = set()
+    for node in nodes:
+        masked = node.args[1] if labels.role.get(node) == Role.CHANNELS else None
+        for operand in (n for n in tensor_inputs(node) if is_static(n)):
+            if operand is masked:
+                between.setdefault(weight_key(operand), []).append(node)
+            elif len(operand.meta.get("shape", ())) > 1:
+                mixed.add(weight_key(operand))
+    for key in mixed & between.keys():
+        for node in between[key]:
+            for tensor in (node, node.args[0]):
+                labels.pin(labels.of(tensor), node, "its weight is used in another way, too")
+
+
 def _tie_shared_parameters(labels: Labels, nodes: list[fx.Node]) -> None:
     """A parameter that several call sites use belongs to the same units at all of them."""
     first: dict[tuple[str, int], Tensor] = {}
     for node in nodes:
-        axis = labelled_axis(labels.of(node)) if node in labels.raw else None
+        axis = labelled_axis(units_only(labels.of(node))) if node in labels.raw else None
         if axis is None:
             continue
         node.meta["role"] = labels.role.get(node)
         for operand, own in _static_operands(node, axis):
             if operand.op == "placeholder" and operand.meta["dtype"].is_floating_point and len(operand.users) > 1:
-                label = labels.of(node).flatten()
+                label = units_only(labels.of(node)).flatten()
                 if len(label) == operand.meta["shape"][own]:
-                    labels.sets.union(label, first.setdefault((operand.meta["tensor"], own), label))
+                    labels.tie(label, first.setdefault((operand.meta["tensor"], own), label), node)
 
 
 def _param_units(programs: dict[bool, Program]) -> dict[str, tuple[int, Tensor]]:

@@ -157,7 +157,7 @@ class _Step(StepGraph):
         if op_name(node) == "linear" and len(node.meta["shape"]) > 2:
             return self.call(kernels.linear, *args)
         if self.plan.channels_last and is_pointwise(node) and (weight := self._matrix(args[1])) is not None:
-            return self.call(kernels.pointwise, args[0], weight, args[2])
+            return self.call(kernels.pointwise, args[0], weight, args[2] if len(args) > 2 else None)
         return self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
 
     def _matrix(self, weight: fx.Node) -> fx.Node | None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import CaptureError
+from ..errors import CaptureError, explain
+from .decompositions import DECOMPOSITIONS
+from .diagnosis import capture_failure, refuse_data_dependence
+from .peephole import fuse_shuffles
 from .program import (
     Program,
     batch_expression,
@@ -65,18 +68,11 @@ def _export(model: nn.Module, image_size: tuple[int, ...]) -> torch.export.Expor
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, (image,), strict=False).run_decompositions({})
+            exported = torch.export.export(model, (image,), strict=False).run_decompositions(DECOMPOSITIONS)
     except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be captured for images of shape {tuple(image_size)}: torch.export says "
-            f"{type(error).__name__}: {_first_lines(str(error))}\nGive example_inputs of the shape the model expects; "
-            f"a model whose control flow depends on the data has to be rewritten without it."
-        ) from error
-
-
-def _first_lines(text: str, limit: int = 12) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return "\n".join(lines[:limit])
+        raise capture_failure(model, image_size, error) from error
+    refuse_data_dependence(model, exported.graph)
+    return exported
 
 
 # Operators whose first output is all that inference needs: (single-output form, arguments that it takes).
@@ -106,7 +102,7 @@ class _Canonicaliser:
     """Copies the exported graph into a `Program`, one rewrite per multi-output operator."""
 
     def __init__(self, exported: torch.export.ExportedProgram, model: nn.Module, training: bool) -> None:
-        self.exported, self.own = exported, named_tensors(model)
+        self.exported, self.model, self.own = exported, model, named_tensors(model)
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self.batches: dict[int, fx.Node] = {}
@@ -123,6 +119,7 @@ class _Canonicaliser:
         self._output(next(n for n in nodes if n.op == "output"))
         self.graph.eliminate_dead_code()
         _mark_static(self.program)
+        fuse_shuffles(self.program)
         self._fold_constants()
         self.graph.lint()
         return self.program
@@ -169,8 +166,7 @@ class _Canonicaliser:
         seen: dict[str, fx.Node] = {}
         for node in sorted(nodes, key=lambda n: n.name in names):  # the image comes first
             if node.name not in names:
-                if self.has_image:
-                    raise CaptureError("The model takes several inputs; one image batch (B, C, H, W) is supported.")
+                assert not self.has_image, "torch.export was given one input"
                 self.has_image = True
                 self.program.image = self.values[node] = self._new_placeholder("x", node)
                 continue
@@ -207,10 +203,17 @@ class _Canonicaliser:
                     kept_mutations.append((mutated[out.name], self.values[out]))
             else:
                 results.append(out)
-        if len(results) != 1 or not isinstance(results[0], fx.Node):
+        tensors = [out for out in results if isinstance(out, fx.Node)]
+        if len(results) != 1 or not tensors:
+            mode = "train" if self.program.training else "eval"
             raise CaptureError(
-                f"The model returns {len(results)} tensors in {'train' if self.program.training else 'eval'} mode; "
-                "one tensor of class scores (B, classes) is expected. Wrap the model so that it returns nothing else."
+                explain(
+                    "not a classifier of images",
+                    where=f"{type(self.model).__name__}.forward in {mode} mode",
+                    got=f"{len(tensors)} tensors as its result",
+                    expected="one tensor of class scores (B, classes)",
+                    action="Wrap the model in a module that returns nothing else.",
+                )
             )
         self.program.mutations = [name for name, _ in kept_mutations]
         self.graph.output((self.values[results[0]], *[value for _, value in kept_mutations]))
@@ -233,17 +236,40 @@ class _Canonicaliser:
             self.values[node] = self._emit(aten.dropout.default, (self.values[x], p, True), {}, _first(node))
         elif name == "_to_copy" and (anchor := self._cast_back(node)) is not None:
             self.values[node] = self._emit(aten.type_as.default, (self.values[node.args[0]], anchor), {}, node)
+        elif name == "copy" and node.args[0].meta["val"].shape == node.args[1].meta["val"].shape:
+            self.values[node] = self.values[node.args[1]]  # what an assignment to a slice leaves
+        elif name == "scaled_dot_product_attention" and _has_one_head(node):
+            self.values[node] = self._attention_of_one_head(node)
         elif name in _FACTORIES and _depends_on_batch(node.args):
             args, kwargs = self._arguments(node)
             kwargs.pop("device", None)
             self.values[node] = self._emit(_FACTORIES[name], (self.program.image, *args), kwargs, node)
         elif isinstance(node.meta.get("val"), Tensor):
             args, kwargs = self._arguments(node)
+            if name == "cat":
+                args = ([self.values[p] for p in _not_empty(node.args[0])], *args[1:])
             if name in ("view", "_unsafe_view", "reshape"):  # a literal -1 would hide the batch size
                 args = (args[0], self._convert(list(node.meta["val"].shape)))
             target = aten.reshape.default if name in ("view", "_unsafe_view") else node.target
             self.values[node] = self._emit(target, args, kwargs, node)
         # what is left has several outputs and is written when an output is taken
+
+    def _attention_of_one_head(self, node: fx.Node) -> fx.Node:
+        """Attention as two products: with one head, queries and keys are one unit, but values may still move."""
+        query, key, value = (self.values[n] for n in node.args[:3])
+        mask, scale = call_arg(node, "attn_mask"), call_arg(node, "scale")
+        q, k = (n.meta["val"] for n in node.args[:2])
+        weights = (node, q.new_empty(*q.shape[:-1], k.shape[-2]))
+        size = q.shape[-1]
+        scaled = self._emit(aten.mul.Tensor, (query, size**-0.5 if scale is None else scale), {}, node.args[0])
+        turned = self._emit(aten.transpose.int, (key, -2, -1), {}, (node, k.transpose(-2, -1)))
+        product = self._emit(aten.matmul.default, (scaled, turned), {}, weights)
+        if mask is not None:
+            product = self._emit(aten.add.Tensor, (product, self.values[mask]), {}, weights)
+        result = self._emit(aten.softmax.int, (product, -1), {}, weights)
+        if dropped := call_arg(node, "dropout_p", 0.0):
+            result = self._emit(aten.dropout.default, (result, dropped, True), {}, weights)
+        return self._emit(aten.matmul.default, (result, value), {}, node)
 
     def _cast_back(self, node: fx.Node) -> fx.Node | None:
         """The parameter to whose type a value made from it is cast (a resampled position embedding), if that is all.
@@ -351,6 +377,19 @@ def _depends_on_batch(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_depends_on_batch(v) for v in value)
     return isinstance(value, int) and not isinstance(value, bool) and value != 0 and value % BATCH == 0
+
+
+def _has_one_head(node: fx.Node) -> bool:
+    """Whether an attention has one head and no mask that would need more than an addition."""
+    query, mask = node.args[0].meta["val"], call_arg(node, "attn_mask")
+    one = query.shape[1] == 1 if query.dim() == 4 else query.dim() == 3 and query.shape[0] == BATCH
+    plain = mask is None or mask.meta["val"].is_floating_point()
+    return one and plain and not call_arg(node, "is_causal", False) and not call_arg(node, "enable_gqa", False)
+
+
+def _not_empty(pieces: Sequence[fx.Node]) -> Sequence[fx.Node]:
+    """Pieces of a concatenation that hold something (models without prefix tokens concatenate none of them)."""
+    return [p for p in pieces if p.meta["val"].numel() > 0] or pieces
 
 
 def _first(node: fx.Node) -> tuple[fx.Node, Tensor]:

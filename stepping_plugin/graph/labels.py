@@ -21,9 +21,9 @@ from torch import Tensor, fx
 
 from ..errors import CaptureError
 from .program import Program, is_static, op_name, tensor_inputs
-from .unionfind import FREE, PINNED, UnionFind
+from .unionfind import PINNED, UnionFind
 
-__all__ = ["Labels", "Pin", "Role", "compress", "labelled_axis", "propagate"]
+__all__ = ["Labels", "Pin", "Role", "compress", "labelled_axis", "propagate", "units_only"]
 
 MAX_PASSES = 30
 
@@ -76,7 +76,8 @@ class Labels:
         return compress(self.sets.find(self.raw[node]))
 
     def is_free(self, node: fx.Node) -> bool:
-        return not bool((self.of(node) != FREE).any())
+        """Whether no element belongs to a unit that may move."""
+        return not bool((self.of(node) > PINNED).any())
 
     def weight(self, key: str, out_channels: int) -> Weight:
         """Labels of a weight, made on first use."""
@@ -97,13 +98,16 @@ class Labels:
 
     def units_after_merge(self, labels: Tensor, axes: Iterable[int]) -> int:
         """Number of different units left if the labels were joined along the axes. Changes nothing."""
-        trial = Labels(sets=UnionFind())
-        trial.sets.parent = self.sets.parent.clone()
-        left = trial.sets.find(trial.merge(labels, axes))
-        return len(torch.unique(left[left != FREE]))
+        trial = self.copy()
+        return trial.units_in(trial.merge(labels, axes))
+
+    def units_in(self, labels: Tensor) -> int:
+        """Number of different units that may move among labels."""
+        roots = self.sets.find(labels)
+        return len(torch.unique(roots[roots > PINNED]))
 
     def join(self, labels: Iterable[Tensor], rank: int) -> Tensor:
-        """Join labels position by position (broadcasting); `FREE` takes the label of its partner."""
+        """Join labels position by position (broadcasting); `FREE` and `PINNED` take the label of their partner."""
         result: Tensor | None = None
         for label in labels:
             label = label.reshape([1] * (rank - label.dim()) + list(label.shape))
@@ -112,16 +116,28 @@ class Labels:
                 continue
             a, b = torch.broadcast_tensors(result, label)
             self.sets.union(a, b)
-            result = torch.where(a != FREE, a, b)
+            result = torch.maximum(self.sets.find(a), self.sets.find(b))
         assert result is not None
         return self.sets.find(result)
 
+    def copy(self) -> Labels:
+        """Labels with the same sets, to try what a join would do. Nodes and weights are left out."""
+        trial = Labels(sets=UnionFind())
+        trial.sets.parent = self.sets.parent.clone()
+        return trial
+
+    def tie(self, a: Tensor, b: Tensor, node: fx.Node) -> None:
+        """Join the labels that two uses of one tensor give it; where only one gives a unit, it stays at level 1."""
+        self.sets.union(a, b)
+        a, b = torch.broadcast_tensors(self.sets.find(a), self.sets.find(b))
+        alone = (a > PINNED) != (b > PINNED)
+        if bool(alone.any()):
+            self.pin(torch.maximum(a, b)[alone], node, "another use of the same tensor is at level 1")
+
     def pin(self, labels: Tensor, node: fx.Node, reason: str) -> None:
         """Keep units at level 1, remembering why."""
-        roots = self.sets.find(labels)
-        if bool(((roots != FREE) & (roots != PINNED)).any()):
+        if self.sets.pin(labels):
             self.pins.append(Pin(reason, node.meta.get("module", ""), op_name(node)))
-            self.sets.union(labels, torch.tensor(PINNED))
 
 
 Rule = Callable[[Labels, fx.Node], Tensor | None]
@@ -173,8 +189,6 @@ def propagate(
         if labels.sets.version == version and tie:
             tie(labels, nodes)
         if labels.sets.version == version:
-            _whole_tensor_units(labels, nodes)
-        if labels.sets.version == version:
             return labels
     raise CaptureError(f"Labelling did not settle after {MAX_PASSES} passes; please report the model.")
 
@@ -218,7 +232,10 @@ def _label(labels: Labels, node: fx.Node, rules: dict[str, Rule]) -> None:
         result = _unknown(labels, node)
     if node in labels.per_level:
         result = torch.zeros([1] * len(node.meta["shape"]), dtype=torch.long)
-    labels.raw[node] = compress(labels.sets.find(result))
+    label = compress(labels.sets.find(result))
+    if label.numel() == 1:  # every subnet that contains a consumer needs it
+        labels.pin(label, node, "the whole tensor is one unit")
+    labels.raw[node] = labels.sets.find(label)
 
 
 def _unknown(labels: Labels, node: fx.Node) -> Tensor:
@@ -238,15 +255,17 @@ def _one_axis_per_tensor(labels: Labels, nodes: list[fx.Node]) -> None:
     for node in nodes:
         if node not in labels.raw:
             continue
-        label = labels.of(node)
+        label = units_only(labels.of(node))
         varying = [d for d in range(label.dim()) if label.shape[d] > 1]
         if len(varying) > 1:
             best = max(varying, key=lambda k: labels.units_after_merge(label, [d for d in varying if d != k]))
-            labels.merge(label, [d for d in varying if d != best])
+            others = [d for d in varying if d != best]
+            labels.merge(label, others)
+            left = labels.sets.find(label)
+            lowest, highest = left.amin(others), left.amax(others)
+            labels.pin(highest[lowest != highest], node, "units and pinned channels lie across two axes")
 
 
-def _whole_tensor_units(labels: Labels, nodes: list[fx.Node]) -> None:
-    """A tensor that is one single unit is needed by every subnet that contains its consumers: level 1."""
-    for node in nodes:
-        if node in labels.raw and labels.of(node).numel() == 1:
-            labels.pin(labels.of(node), node, "the whole tensor is one unit")
+def units_only(labels: Tensor) -> Tensor:
+    """Labels that tell units apart, but not why other elements belong to none."""
+    return compress(labels.clamp(min=PINNED))

@@ -28,7 +28,7 @@ PICKS = ("slice.Tensor", "select.int", "index.Tensor", "index_select", "roll", "
 _BROADCASTING = {
     "add.Tensor", "addcdiv", "addcmul", "atan2", "div.Tensor", "div.Tensor_mode", "fmod.Tensor",
     "lerp.Scalar", "lerp.Tensor", "masked_fill.Scalar", "maximum", "minimum", "mul.Tensor",
-    "pow.Tensor_Tensor", "prelu", "scaled_dot_product_attention", "sub.Tensor", "where.self",
+    "pow.Tensor_Tensor", "scaled_dot_product_attention", "sub.Tensor", "where.self",
 }  # fmt: skip
 
 
@@ -115,6 +115,8 @@ class Operands(ABC):
             return tuple(self._product_operand(a, node) for a in node.args[:2]), {}  # type: ignore[arg-type]
         if name in ("cat", "stack") and self.changed(node):
             return self._concatenated(node, name), dict(node.kwargs)
+        if name == "prelu":
+            return self._prelu(node), {}
         if name in _BROADCASTING:
             return self._mapped(node, lambda n: self.aligned(n, node))
         return self._plain(node)
@@ -126,10 +128,11 @@ class Operands(ABC):
         return self._mapped(node, self.any_value)
 
     def _product_operand(self, operand: fx.Node, node: fx.Node) -> fx.Node:
-        """Units of a matrix product lie on a leading axis (heads) or on the axis that is not contracted."""
-        if is_static(operand) and node.meta["axis"] is not None and node.meta["axis"] >= len(node.meta["shape"]) - 2:
+        """Units of a matrix product lie on a leading axis (heads), or on an axis that one operand alone has."""
+        axis, rank = node.meta["axis"], len(node.meta["shape"])
+        if axis is None or (axis >= rank - 2 and operand is not node.args[0 if axis == rank - 2 else 1]):
             return self.any_value(operand)
-        return self.aligned(operand, node) if node.meta["units"] is not None else self.any_value(operand)
+        return self.aligned(operand, node)
 
     # -- weights
 
@@ -154,6 +157,8 @@ class Operands(ABC):
         x, weight, bias, rest = _weighted_arguments(node)
         if not self.changed(node):
             return (self.any_value(x), self.any_value(weight), self.static(bias), *rest)
+        if node.meta["axis"] != 1:  # heads folded into the batch
+            return (self.aligned(x, node), self.any_value(weight), self.static(bias), *rest)
         kept, outputs = self.positions(node), len(node.meta["units"])
         place = groups_argument(node)
         groups = rest[place]
@@ -162,6 +167,12 @@ class Operands(ABC):
         members = (kept.view(-1, per_group)[:, :1] // per_group * inputs + torch.arange(inputs)).flatten()
         rows = members if "transpose" in op_name(node) else kept
         return (self.at(x, 1, members), self.static(weight, (0, rows)), self.static(bias, (0, kept)), *rest)
+
+    def _prelu(self, node: fx.Node) -> tuple:
+        """The slopes belong to axis 1, not to the last one as broadcasting would have it."""
+        x, weight = node.args
+        per_channel = node.meta["axis"] == 1 and weight.meta["shape"] != (1,)
+        return self.aligned(x, node), self.static(weight, (0, self.positions(node)) if per_channel else None)
 
     # -- norms
 

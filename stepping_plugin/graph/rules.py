@@ -60,7 +60,7 @@ MOVES = _names(
     """
     reshape view permute transpose.int t unsqueeze squeeze squeeze.dim squeeze.dims expand flatten.using_ints
     unflatten.int slice.Tensor select.int roll flip index.Tensor index_select repeat pixel_shuffle pixel_unshuffle
-    unfold channel_shuffle movedim.int narrow diagonal
+    unfold channel_shuffle movedim.int narrow diagonal repeat_interleave.self_int tile
     """
 )
 IDENTITIES = _names(
@@ -84,6 +84,8 @@ def move(labels: Labels, node: fx.Node) -> Tensor | None:
         return passed
     source = node.args[0]
     label = labels.of(source) if isinstance(source, fx.Node) else None
+    if 0 in shape_of(node):
+        return free(node)
     if label is None or label.numel() == 1:
         return free(node) + (label.flatten()[0] if label is not None else FREE)
     name = op_name(node)
@@ -375,8 +377,8 @@ def _channels(labels: Labels, node: fx.Node, label: Tensor, axis: int) -> Tensor
     inputs = label.expand([shape_of(node.args[0])[d] if d == axis else 1 for d in range(label.dim())]).flatten()
     if entry.inputs is None:
         entry.inputs = inputs
-    else:  # call sites of one weight share their units
-        labels.sets.union(entry.inputs, inputs)
+    else:  # call sites of one weight share their units, and its one mask
+        labels.tie(entry.inputs, inputs, node)
     labels.role[node] = Role.CHANNELS
     return labels.sets.find(entry.out).reshape([-1 if d == axis else 1 for d in range(len(shape_of(node)))])
 
@@ -423,11 +425,26 @@ def matmul(labels: Labels, node: fx.Node) -> Tensor | None:
             labels.per_level.add(node)
             return free(node)
         return None
-    if labels.is_free(a) and right.shape[-2] == 1 and right.dim() == rank:
-        return labels.join([right], rank)
-    if labels.is_free(b) and left.shape[-1] == 1 and left.dim() == rank:
-        return labels.join([left], rank)
-    return labels.join([labels.merge(left, [-1, -2]), labels.merge(right, [-1, -2])], rank)
+    spread = lambda label: label.reshape([1] * (rank - label.dim()) + list(label.shape))  # noqa: E731
+    left, right = spread(labels.merge(left, [-1])), spread(labels.merge(right, [-2]))
+    return _join_or_pin(labels, node, [left, right])
+
+
+def _join_or_pin(labels: Labels, node: fx.Node, operands: list[Tensor]) -> Tensor:
+    """Units of the operands of a product join along its leading axes (heads).
+
+    Where that would leave one single unit (one head, keys that all heads share, a product of features and states), only
+    the operand with several heads, else the one with the most units, keeps them; the others stay at level 1.
+    """
+    rank = len(shape_of(node))
+    trial = labels.copy()
+    if trial.units_in(trial.join([trial.merge(o, [-1, -2]) for o in operands], rank)) > 1:
+        return labels.join([labels.merge(o, [-1, -2]) for o in operands], rank)
+    kept = max(operands, key=lambda o: (any(size > 1 for size in o.shape[:-2]), labels.units_in(o)))
+    for operand in operands:
+        if operand is not kept:
+            labels.pin(operand, node, "a product with a tensor of other units")
+    return labels.sets.find(kept)
 
 
 def _times_matrix(labels: Labels, node: fx.Node, label: Tensor, contracted: int) -> Tensor | None:
@@ -449,4 +466,6 @@ def attention(labels: Labels, node: fx.Node) -> Tensor | None:
             return None
         labels.per_level.add(node)
         return free(node)
-    return labels.join([labels.merge(labels.of(n), [-1, -2]) for n in tensors], len(shape_of(node)))
+    merged = [labels.merge(labels.of(n), [-1, -2]) for n in tensors]
+    query = labels.join(merged[:1] + merged[3:], len(shape_of(node)))  # a bias is added to the product with the queries
+    return _join_or_pin(labels, node, [query, *merged[1:3]])

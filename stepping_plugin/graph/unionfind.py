@@ -8,11 +8,11 @@ from torch import Tensor
 __all__ = ["FREE", "PINNED", "UnionFind"]
 
 FREE = 0  # belongs to no unit: always available, joins nothing (the image, constants, zero padding)
-PINNED = 1  # the unit that stays at level 1
+PINNED = 1  # stays at level 1: always available, too, so it joins nothing either
 
 
 class UnionFind:
-    """Disjoint sets of unit labels. Label 0 is `FREE` and never joined; label 1 is `PINNED`.
+    """Disjoint sets of unit labels. Label 0 is `FREE`, label 1 is `PINNED`; only `pin` joins anything with them.
 
     `parent` is kept flat (every label points at its root) after each `union`, so `find` is one gather. The root of a
     set is its smallest label, hence everything joined with `PINNED` has root `PINNED`.
@@ -33,12 +33,22 @@ class UnionFind:
         return self.parent[labels]
 
     def union(self, a: Tensor, b: Tensor) -> None:
-        """Join labels pairwise (broadcast against each other); pairs with `FREE` are skipped."""
+        """Join labels pairwise (broadcast against each other); pairs with `FREE` or `PINNED` are skipped."""
         a, b = torch.broadcast_tensors(self.find(a), self.find(b))
-        different = (a != b) & (a != FREE) & (b != FREE)
-        if not different.any():
-            return
-        pairs = torch.unique(torch.stack([a[different], b[different]], 1), dim=0)
+        different = (a != b) & (a > PINNED) & (b > PINNED)
+        if different.any():
+            self._join(torch.stack([a[different], b[different]], 1))
+
+    def pin(self, labels: Tensor) -> bool:
+        """Join labels with `PINNED` for good; says whether that changed anything."""
+        roots = torch.unique(self.find(labels))
+        roots = roots[roots > PINNED]
+        if len(roots):
+            self._join(torch.stack([roots, torch.full_like(roots, PINNED)], 1))
+        return len(roots) > 0
+
+    def _join(self, pairs: Tensor) -> None:
+        pairs = torch.unique(pairs, dim=0)
         for x, y in pairs.tolist():
             x, y = self._root(x), self._root(y)
             if x != y:

@@ -1,0 +1,96 @@
+"""Why a model cannot be captured: the construct, and the line of the user's code that holds it."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import CaptureError, explain
+from .program import op_name
+
+__all__ = ["capture_failure", "refuse_data_dependence"]
+
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parents[1])
+_DYNAMIC = ("GuardOnDataDependentSymNode", "UserError", "DataDependentOutputException", "DynamicOutputShapeException")
+_REWRITE = "Rewrite it without the condition, for example with torch.where, or use a fixed number of rounds."
+
+
+def capture_failure(model: nn.Module, image_size: tuple[int, ...], error: Exception) -> CaptureError:
+    """The error to raise for an exception of torch.export."""
+    name, text = type(model).__name__, str(error)
+    place = _line_in(error)
+    if isinstance(error, TypeError) and "missing a required argument" in text:
+        wanted = ", ".join(re.findall(r"'(\w+)'", text))
+        return CaptureError(
+            explain(
+                f"{name}.forward needs further arguments ({wanted})",
+                expected="a model of one image batch (B, C, H, W)",
+                action="Wrap it in a module that holds or makes them.",
+            )
+        )
+    if any(cause in f"{type(error).__name__} {type(error.__cause__).__name__}" for cause in _DYNAMIC) or re.search(
+        r"\bz?u[a-z]*\d+\b", text
+    ):
+        what = f"{name} decides by the values of a tensor what to compute (a condition, a loop bound or an index)"
+        return CaptureError(explain(what, where=place, action=_REWRITE))
+    if ".numpy()" in text:
+        what = f"{name} leaves torch for numpy, where nothing can be traced"
+        return CaptureError(explain(what, where=place, action="Write that part with torch operators."))
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    return CaptureError(
+        explain(
+            f"{name} cannot be captured for images of shape {tuple(image_size)}: {type(error).__name__}: {first}",
+            where=place,
+            action="Check that model(images) runs for batches of any size, and give example_inputs of the shape that "
+            "the model expects.",
+        )
+    )
+
+
+def refuse_data_dependence(model: nn.Module, graph: fx.Graph) -> None:
+    """Refuse values that are numbers read from a tensor, and tensors whose shape depends on values.
+
+    Raises:
+        CaptureError: names the operator and the line of code.
+    """
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        unknown = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+        if isinstance(value, Tensor):
+            unknown = any(isinstance(size, torch.SymInt) for size in value.shape)
+        if node.op == "call_function" and unknown:
+            what = "a shape that depends" if isinstance(value, Tensor) else "a number that depends"
+            raise CaptureError(
+                explain(
+                    f"{type(model).__name__} has {what} on the values of a tensor ({op_name(node)})",
+                    where=_user_line(node.meta.get("stack_trace") or ""),
+                    action="Keep it a tensor of fixed shape, for example a product with a mask.",
+                )
+            )
+
+
+def _line_in(error: BaseException) -> str | None:
+    """The innermost frame of an exception outside torch and this package: `file:line (code)`."""
+    found = None
+    current: BaseException | None = error
+    while current is not None:
+        for frame in traceback.extract_tb(current.__traceback__):
+            if _is_users(frame.filename):
+                found = f"{frame.filename}:{frame.lineno} ({(frame.line or '').strip()})"
+        current = current.__cause__
+    return found
+
+
+def _user_line(stack_trace: str) -> str | None:
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', stack_trace)
+    frames = [frame for frame in frames if _is_users(frame[0])]
+    return "{}:{} ({})".format(*frames[-1]) if frames else None
+
+
+def _is_users(filename: str) -> bool:
+    return not filename.startswith((_TORCH, _OURS, "<"))

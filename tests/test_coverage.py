@@ -1,0 +1,142 @@
+"""Coverage runs: which models, what a row says, limits, resuming, the table, the fuzzer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stepping_plugin import SteppingError
+from stepping_plugin.cli import main
+from stepping_plugin.coverage import check as checks
+from stepping_plugin.coverage.families import FAMILIES, TORCHVISION, Spec, select
+from stepping_plugin.coverage.fuzz import check_network, random_network
+from stepping_plugin.coverage.runner import check_in_process, read_results, run_coverage, write_results
+from stepping_plugin.coverage.table import markdown_table, summary_lines
+
+SMALL = Spec("test_vit", "vision_transformer", 32, {"img_size": 32, "depth": 2})
+
+
+def test_one_model_per_module_of_timm():
+    import timm
+
+    assert sorted(spec.module for spec in FAMILIES) == sorted(timm.list_modules())
+    assert all(timm.is_model(spec.model) for spec in FAMILIES)
+
+
+def test_selection():
+    assert select(family_smallest=True) == select() == [*FAMILIES, *TORCHVISION]
+    assert [s.model for s in select(["resn*"], family_smallest=True)] == ["resnest14d", "test_resnet", "resnetv2_18"]
+    assert {"resnet10t", "resnet14t"} <= {s.model for s in select(["resnet1*"])}
+    assert select(["torchvision:vgg11"])[0].module == "torchvision.vgg"
+    assert select(["torchvision:resnet34"]) == [Spec("torchvision:resnet34", "torchvision.resnet", 224)]
+    with pytest.raises(SteppingError, match="resnet18"):
+        select(["resnet81"])
+    with pytest.raises(SteppingError, match="nothing matches"):
+        select(["nope*"], family_smallest=True)
+
+
+def test_row_of_a_model():
+    row = list(checks.check(SMALL))[-1]
+    assert row["status"] == "ok" and not row["failures"]
+    assert list(row["seconds"]) == [stage.__name__ for stage in checks.STAGES]
+    assert row["pinned_channels"] == 0 < row["units"] < row["channels"]
+    assert max(row["identity"], row["leak"], row["extract"], row["engine"], row["train_identity"]) < 1e-12
+    assert row["macs"] == row["macs_fvcore"] and max(row["budget_used"]) <= 1
+    json.dumps(row)
+
+
+def test_checks_can_fail(monkeypatch):
+    subject = checks.Subject(SMALL)
+    checks.convert(subject)
+    with torch.no_grad():
+        subject.net.model.get_parameter("model.blocks.0.mlp.fc1.bias").add_(1e-3)
+    for stage in (checks.identity, checks.train_mode):
+        with pytest.raises(checks.Failed, match="differ by"):
+            stage(subject)
+    monkeypatch.setattr(checks, "count_macs", lambda *_: type("Counted", (), {"total": 1}))
+    with pytest.raises(checks.Failed, match="fvcore counts 1"):
+        checks.macs(subject)
+
+
+def test_models_are_checked_in_float64_throughout():
+    class Casting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float().to(dtype=torch.float32) + torch.zeros(1, dtype=torch.float32)
+
+    x = torch.full((2,), 1 / 3, dtype=torch.float64)
+    assert torch.equal(checks.InFloat64(Casting())(x), x)
+
+
+def test_limits_leave_a_row():
+    row = check_in_process(SMALL, seconds=0.5, gib=12)
+    assert row["model"] == "test_vit" and row["status"].endswith("not finished after 0 s")
+    row = check_in_process(Spec("no_such_model", "nothing", 32), seconds=100, gib=12)
+    assert row["status"].startswith("build: ") and "no_such_model" in row["status"]
+
+
+def test_runs_resume(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(spec, seconds, gib):
+        asked.append(spec.model)
+        status = "ok" if spec.model == "a" else "nested: leak"
+        return {"model": spec.model, "module": "m", "status": status, "wall_seconds": 1.0}
+
+    monkeypatch.setattr("stepping_plugin.coverage.runner.check_in_process", fake)
+    output = tmp_path / "deep" / "results.json"
+    specs = [Spec(name, "m", 32) for name in ("b", "a")]
+    run_coverage(specs, output)
+    assert asked == ["b", "a"] and [row["model"] for row in read_results(output)] == ["a", "b"]
+    run_coverage([*specs, Spec("c", "m", 32)], output, jobs=2)
+    assert asked == ["b", "a", "c"]
+    run_coverage(specs, output, again=True)
+    assert asked == ["b", "a", "c", "b"]
+    assert not list(output.parent.glob("*.part"))
+    output.write_text("{}")
+    with pytest.raises(SteppingError, match="not a file of coverage results"):
+        run_coverage(specs, output)
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    row = {"model": "test_vit", "module": "vision_transformer", "status": "ok", "wall_seconds": 1.0}
+    monkeypatch.setattr("stepping_plugin.coverage.runner.check_in_process", lambda *_: row)
+    output, table = tmp_path / "r.json", tmp_path / "t.md"
+    assert main(["coverage", "--models", "test_vit", "--output", str(output), "--table", str(table)]) == 0
+    assert read_results(output) == [row]
+    assert "| vision_transformer | test_vit | ok |" in table.read_text()
+    assert "every check passed: 1" in capsys.readouterr().out
+
+
+def test_committed_results_and_table_belong_together():
+    docs = Path(__file__).parents[1] / "docs"
+    rows = read_results(docs / "coverage_results.json")
+    page = (docs / "coverage.md").read_text()
+    assert markdown_table(rows) in page
+    assert "\n".join(summary_lines(rows)) in page
+    assert {row["module"] for row in rows} >= {spec.module for spec in FAMILIES}
+
+
+def test_results_are_sorted_and_readable(tmp_path):
+    rows = [{"model": m, "module": m, "status": "ok"} for m in "cab"]
+    write_results(tmp_path / "r.json", rows)
+    assert [r["model"] for r in read_results(tmp_path / "r.json")] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_networks(seed):
+    check_network(random_network(seed), seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(10, 2010, 50))
+def test_many_random_networks(first):
+    for seed in range(first, first + 50):
+        check_network(random_network(seed), seed)
+
+
+def test_random_networks_are_repeatable_and_differ():
+    a, b, c = random_network(7), random_network(7), random_network(8)
+    assert str(a) == str(b) != str(c)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))

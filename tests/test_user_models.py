@@ -1,0 +1,213 @@
+"""Networks as users write them, torchvision's smallest, and what cannot be captured."""
+
+import copy
+
+import pytest
+import torch
+from nets import images, random_levels, randomise, relative
+from torch import Tensor, nn
+
+from stepping_plugin import CaptureError, verify
+from stepping_plugin.coverage.check import build
+from stepping_plugin.coverage.families import TORCHVISION
+from stepping_plugin.graph.capture import capture
+from stepping_plugin.net import SteppingNet
+from stepping_plugin.units import analyse
+
+SIZE = (3, 8, 8)
+
+
+class Stem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 4)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.conv(x).flatten(2).transpose(1, 2)
+
+
+class WithMultihead(Stem):
+    """`nn.MultiheadAttention`, whose projections are one packed parameter."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
+class WithWeights(WithMultihead):
+    """The same with averaged attention weights asked for, and not used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        return self.head((x + self.attention(x, x, x)[0]).mean(1))
+
+
+class WithEncoder(Stem):
+    def __init__(self, norm_first: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=norm_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.tokens(x)).mean(1))
+
+
+class Nested(nn.Sequential):
+    def __init__(self) -> None:
+        block = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Sequential(nn.BatchNorm2d(6), nn.ReLU()))
+        super().__init__(block, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), nn.Linear(24, 7), nn.Linear(7, 4))
+
+
+class Reused(Stem):
+    """One layer called three times, and one of its calls normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        for k in range(3):
+            x = torch.relu(self.again(x) + k)
+        return self.head(self.norm(x).mean((2, 3)))
+
+
+class Dictionary(Stem):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.tokens(x).mean(1)
+        return {"logits": self.head(features), "features": features}
+
+
+class Pick(nn.Module):
+    """An output transform: one entry of what the model returns."""
+
+    def __init__(self, model: nn.Module, key: str) -> None:
+        super().__init__()
+        self.model, self.key = model, key
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[self.key]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        WithMultihead,
+        lambda: WithMultihead(bias=False, kdim=8, vdim=8),
+        WithWeights,
+        lambda: WithEncoder(True),
+        lambda: WithEncoder(False),
+        Nested,
+        Reused,
+        lambda: Pick(Dictionary(), "logits"),
+    ],
+    ids=["multihead", "separate", "weights", "norm-first", "norm-last", "sequential", "reused", "dictionary"],
+)
+def test_user_modules(make):
+    torch.manual_seed(0)
+    model = randomise(make()).double().eval()
+    analysis = analyse(model, SIZE)
+    assert analysis.pinned_channels == 0
+    levels = torch.ones(analysis.num_units).long()
+    net = SteppingNet(copy.deepcopy(model), analysis, levels, [1, 2, 3], 1).eval()
+    x = images(SIZE, batch=3)
+    with torch.no_grad():
+        assert relative(net.forward_all(x)[0], model(x)) < 1e-12
+        torch.testing.assert_close(net.train().forward_all(x)[0], model.train()(x), rtol=1e-10, atol=1e-12)
+    net.eval().set_levels(random_levels(analysis, 3, 0))
+    report = verify(net, x)
+    assert max(report.leak) == 0 and max(report.extract_error + report.engine_error) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(s, marks=() if "squeeze" in s.model or "shuffle" in s.model else pytest.mark.slow)
+        for s in TORCHVISION
+    ],
+    ids=lambda s: s.module,
+)
+def test_torchvision(spec):
+    model = build(spec)
+    size = (3, spec.image, spec.image)
+    analysis = analyse(model, size, (False,))
+    assert analysis.pinned_channels < 0.01 * analysis.channels
+    levels = torch.ones(analysis.num_units).long()
+    net = SteppingNet(copy.deepcopy(model), analysis, levels, [1, 2], 1).eval()
+    x = images(size)
+    with torch.no_grad():
+        assert relative(net.forward_all(x)[0], model(x)) < 1e-9
+    net.set_levels(random_levels(analysis, 2, 0))
+    report = verify(net, x)
+    assert max(report.leak) < 1e-12 and max(report.extract_error + report.engine_error) < 1e-9
+
+
+# ------------------------------------------------------------------------------------------------- what cannot be
+
+
+class Branch(Stem):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        if x.mean() > 0:  # here
+            x = x * 2
+        return self.head(x.mean(1))
+
+
+class Loop(Stem):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for _ in range(int(x.sum())):  # here
+            x = x + 1
+        return self.head(x.mean(1))
+
+
+class Number(Stem):
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.max().item()  # here
+        return self.head(self.tokens(x).mean(1)) * largest
+
+
+class Selection(Stem):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        kept = x[x > 0]  # here
+        return self.head(kept.reshape(-1, 8))
+
+
+class Numpy(Stem):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.from_numpy(self.tokens(x).mean(1).numpy()))  # here
+
+
+@pytest.mark.parametrize(
+    ("model", "construct"),
+    [
+        (Branch, "decides by the values of a tensor"),
+        (Loop, "decides by the values of a tensor"),
+        (Number, "a number that depends on the values of a tensor"),
+        (Selection, "a shape that depends on the values of a tensor"),
+        (Numpy, "leaves torch for numpy"),
+    ],
+)
+def test_data_dependence_is_refused_with_the_line(model, construct):
+    with pytest.raises(CaptureError, match=construct) as caught:
+        capture(model(), SIZE)
+    assert f"{model.__name__} " in str(caught.value)
+    assert "test_user_models.py:" in str(caught.value)
+    assert "# here" in str(caught.value)
+
+
+class TwoInputs(Stem):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.tokens(x * mask).mean(1))
+
+
+def test_several_inputs_or_outputs_are_refused():
+    with pytest.raises(CaptureError, match=r"TwoInputs.forward needs further arguments \(mask\)"):
+        capture(TwoInputs(), SIZE)
+    with pytest.raises(CaptureError, match=r"Dictionary.forward in eval mode.*got 2 tensors"):
+        capture(Dictionary(), SIZE)
