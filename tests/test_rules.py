@@ -297,3 +297,19 @@ def test_channel_shuffles_keep_all_units_apart():
     net = check(model)
     assert net.analysis.pinned_channels == 0
     assert net.analysis.num_units == 8 + 3 * 4, "one unit per channel of the stem and of every convolution"
+
+
+class GatedLinear(nn.Module):
+    """A linear layer of which one half gates the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(10, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.glu(self.up(x)))
+
+
+def test_glu():
+    net = check(ready(Tokens(GatedLinear())))
+    assert not net.analysis.unknown and net.analysis.pinned_channels == 0
