@@ -16,7 +16,7 @@ from .errors import CaptureError, SteppingError, explain
 from .graph.program import copy_model
 from .integrations.fvcore import count_macs
 from .levels import parse_budgets
-from .macs import MacModel
+from .macs import MacModel, static_macs
 from .net import SteppingNet
 from .serialization import describe_origin
 from .witness import find_units
@@ -66,7 +66,7 @@ def apply_steppingnet(
     owner = _private_copy(model)
     analysis = find_units(owner, image_size)
     reference = MacModel(analysis).total
-    notes = reference_notes(owner, image_size, reference)
+    notes = reference_notes(owner, image_size, reference, static_macs(analysis.eval_program))
     allowed = parse_budgets(budgets, reference, limit=int(reference * settings.expansion**2) + 1)
     origin = describe_origin(model, image_size)
     net = start_network(owner, analysis, allowed, settings, reference, origin, seed)
@@ -177,17 +177,26 @@ def _private_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def reference_notes(model: nn.Module, image_size: tuple[int, ...], expected: int) -> list[str]:
-    """Count the original network with fvcore, operator by operator, as a check of the channel graph's own count."""
+def reference_notes(model: nn.Module, image_size: tuple[int, ...], expected: int, static: int = 0) -> list[str]:
+    """Count the original network with fvcore, operator by operator, as a check of the channel graph's own count.
+
+    Args:
+        model: the original network.
+        image_size: (C, H, W).
+        expected: MACs of the captured graph.
+        static: MACs of the graph that depend on parameters only, see `macs.static_macs`.
+    """
     reference = next(model.parameters())
     image = torch.zeros(1, *image_size, dtype=reference.dtype, device=reference.device)
     try:
         counted = count_macs(model, (image,)).total
     except SteppingError as error:
         return [f"fvcore could not count the original network ({error}); its MACs are those of the captured graph."]
-    if counted != expected:
+    if counted != expected + static:
         raise CaptureError(
-            f"The captured graph has {expected:,} MACs, fvcore counts {counted:,} on the model itself. One of "
+            f"The captured graph has {expected + static:,} MACs, fvcore counts {counted:,} on the model itself. One of "
             "them misses an operator; please report the model."
         )
+    if static:
+        return [f"{static:,} MACs depend on parameters only; they are computed once and count in no subnet."]
     return []

@@ -152,7 +152,7 @@ def _add_coverage(commands: Any) -> None:
 def _coverage(arguments: argparse.Namespace) -> int:
     from .coverage.families import select
     from .coverage.runner import run_coverage
-    from .coverage.table import markdown_table, summary_lines
+    from .coverage.table import summary_lines, write_table
 
     if arguments.fuzz:
         from .coverage.fuzz import run_fuzz
@@ -169,10 +169,9 @@ def _coverage(arguments: argparse.Namespace) -> int:
         again=arguments.again,
         say=lambda text: print(text, flush=True),
     )
-    lines = summary_lines(rows)
     if arguments.table:
-        Path(arguments.table).write_text("\n".join([*lines, "", markdown_table(rows), ""]))
-    print("\n".join(lines))
+        write_table(arguments.table, rows)
+    print("\n".join(summary_lines(rows)))
     return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from .graph.labels import Role
-from .graph.program import op_name
+from .graph.program import Program, is_static, op_name
 from .units import Analysis, Layer
 
-__all__ = ["MacModel", "dense_macs"]
+__all__ = ["MacModel", "dense_macs", "static_macs"]
 
 
 def dense_macs(node: fx.Node) -> int:
@@ -36,6 +36,16 @@ def dense_macs(node: fx.Node) -> int:
     if "transpose" in name:
         return math.prod(first) * math.prod(second[1:])
     return math.prod(shape) * math.prod(second[1:])
+
+
+def static_macs(program: Program) -> int:
+    """MACs of products that depend on parameters only (networks for position biases), which need no image.
+
+    A plain forward pass repeats them for every batch, so counters see them; the nested net's MACs leave them out.
+    """
+    products = ("linear", "conv", "matmul", "bmm", "scaled_dot_product_attention")
+    nodes = (n for n in program.graph.nodes if n.op == "call_function" and is_static(n))
+    return sum(dense_macs(node) for node in nodes if op_name(node).startswith(products))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -36,7 +36,7 @@ from .engine.curve import answers_of, early_exit_curve
 from .errors import CheckpointError, SteppingError
 from .integrations.timm import models as _paper_networks  # noqa: F401 - registers them
 from .levels import parse_budgets
-from .macs import MacModel
+from .macs import MacModel, static_macs
 from .net import SteppingNet
 from .recipe import dump_recipe
 from .recipe_schema import ModelConfig, Recipe, TeacherConfig
@@ -178,7 +178,7 @@ class Run:
         image_size = check_model(original, torch.zeros(1, *self.data.input_size))
         analysis = find_units(original, image_size)
         reference = MacModel(analysis).total
-        notes = reference_notes(original, image_size, reference)
+        notes = reference_notes(original, image_size, reference, static_macs(analysis.eval_program))
         budgets = parse_budgets(self.recipe.budgets, reference, limit=int(reference * config.expansion**2) + 1)
         origin = describe_origin(original, image_size, self.recipe.model.kwargs)
         net = start_network(original, analysis, budgets, config, reference, origin, self.recipe.seed)

@@ -8,9 +8,10 @@ from nets import images, random_levels, randomise, relative
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stepping_plugin import verify
+from stepping_plugin import apply_steppingnet, verify
 from stepping_plugin.graph.decompositions import einsum
-from stepping_plugin.macs import MacModel
+from stepping_plugin.integrations.fvcore import count_macs
+from stepping_plugin.macs import MacModel, static_macs
 from stepping_plugin.net import SteppingNet
 from stepping_plugin.units import analyse
 
@@ -297,3 +298,63 @@ def test_channel_shuffles_keep_all_units_apart():
     net = check(model)
     assert net.analysis.pinned_channels == 0
     assert net.analysis.num_units == 8 + 3 * 4, "one unit per channel of the stem and of every convolution"
+
+
+class GatedLinear(nn.Module):
+    """A linear layer of which one half gates the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(10, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.glu(self.up(x)))
+
+
+def test_glu():
+    net = check(ready(Tokens(GatedLinear())))
+    assert not net.analysis.unknown and net.analysis.pinned_channels == 0
+
+
+class Clipped(nn.Module):
+    """A linear layer between learned bounds, as in Gemma's encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+        self.low, self.high = nn.Parameter(torch.tensor(-0.5)), nn.Parameter(torch.rand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.clamp(self.linear(x), self.low, self.high)
+
+
+def test_clamp_between_tensors():
+    assert check(ready(Tokens(Clipped()))).analysis.pinned_channels == 0
+
+
+class PositionBias(nn.Module):
+    """A network that makes position biases of attention from coordinates alone, as in Swin V2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.network = (
+            Attention(3, 3, False),
+            nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 3)),
+        )
+        self.register_buffer("places", torch.randn(16, 16, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.network(self.places).permute(2, 0, 1)
+        attention, (b, n, _) = self.attention, x.shape
+        q, k, v = (f(x).view(b, n, 3, 4).transpose(1, 2) for f in (attention.q, attention.k, attention.v))
+        y = (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+        return x + attention.out(y.transpose(1, 2).reshape(b, n, -1))
+
+
+def test_position_bias_networks_cost_no_macs_per_image():
+    model = ready(Tokens(PositionBias()))
+    net = check(model)
+    static = static_macs(net.analysis.eval_program)
+    assert static == 16 * 16 * (2 * 6 + 6 * 3)
+    assert count_macs(model, (images(SIZE, 1),)).total == MacModel(net.analysis).total + static
+    assert "depend on parameters only" in apply_steppingnet(model, ["30%", "60%"], example_inputs=images(SIZE)).notes[0]

@@ -11,6 +11,7 @@ from stepping_plugin import CaptureError, verify
 from stepping_plugin.coverage.check import build
 from stepping_plugin.coverage.families import TORCHVISION
 from stepping_plugin.graph.capture import capture
+from stepping_plugin.macs import MacModel
 from stepping_plugin.net import SteppingNet
 from stepping_plugin.units import analyse
 
@@ -211,3 +212,11 @@ def test_several_inputs_or_outputs_are_refused():
         capture(TwoInputs(), SIZE)
     with pytest.raises(CaptureError, match=r"Dictionary.forward in eval mode.*got 2 tensors"):
         capture(Dictionary(), SIZE)
+
+
+def test_structure_can_be_analysed_without_weights():
+    with torch.device("meta"):
+        model = Nested()
+    analysis, real = analyse(model.eval(), SIZE, (False,)), analyse(Nested().eval(), SIZE, (False,))
+    assert analysis.num_units == real.num_units > 0
+    assert MacModel(analysis).total == MacModel(real).total

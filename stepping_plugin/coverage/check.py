@@ -17,7 +17,7 @@ from ..errors import SteppingError
 from ..integrations.fvcore import count_macs
 from ..integrations.torch_pruning.witness import toolkit_couplings
 from ..levels import floor_macs
-from ..macs import MacModel
+from ..macs import MacModel, static_macs
 from ..net import SteppingNet
 from ..units import Analysis
 from ..verify import verify
@@ -213,16 +213,16 @@ def engine(subject: Subject) -> dict[str, Any]:
 
 def macs(subject: Subject) -> dict[str, Any]:
     """The channel graph's MACs are those that fvcore counts on the model itself."""
-    model = MacModel(subject.analysis)
+    model, static = MacModel(subject.analysis), static_macs(subject.analysis.eval_program)
     counted = count_macs(subject.model, (subject.images[:1],)).total
-    result = {
+    if counted != model.total + static:
+        raise Failed(f"{model.total + static:,} MACs in the graph, fvcore counts {counted:,}")
+    return {
         "macs": model.total,
+        "macs_without_images": static,
         "macs_fvcore": counted,
         "floor_share": floor_macs(subject.analysis, model) / model.total,
     }
-    if counted != model.total:
-        raise Failed(f"{model.total:,} MACs in the graph, fvcore counts {counted:,}")
-    return result
 
 
 def budgets(subject: Subject) -> dict[str, Any]:

@@ -277,7 +277,8 @@ class Scale(nn.Module):
 
 
 def _token_block(pick: random.Random, tokens: int, channels: int) -> nn.Module:
-    norm = pick.choice([nn.LayerNorm, nn.RMSNorm, lambda c: nn.Identity()])(channels)
+    norms: list[Callable[[int], nn.Module]] = [nn.LayerNorm, nn.RMSNorm, lambda c: nn.Identity()]
+    norm = pick.choice(norms)(channels)
     bodies: list[Callable[[], nn.Module]] = [
         lambda: Attention(pick, channels),
         lambda: ChannelAttention(pick, channels),
@@ -354,8 +355,8 @@ def check_network(model: nn.Module, seed: int, size: tuple[int, ...] = SIZE) -> 
     with torch.no_grad():
         expected = model(images)
         scale = float(expected.abs().max())
-        error = float((net.forward_all(images)[0] - expected).abs().max()) / scale
-    assert error <= TOLERANCE, f"seed {seed}: differs from the original by {error:.1e}"
+        apart = float((net.forward_all(images)[0] - expected).abs().max()) / scale
+    assert apart <= TOLERANCE, f"seed {seed}: differs from the original by {apart:.1e}"
     net.set_levels(random_levels(analysis, 3, generator))
     report = verify(net, images, seed=seed)
     worst = max(report.leak + report.extract_error + report.engine_error)

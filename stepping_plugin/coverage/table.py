@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown_table", "summary_lines"]
+__all__ = ["markdown_table", "summary_lines", "write_table"]
+
+BEGIN, END = "<!-- results: written by `stepping coverage --table` -->", "<!-- end of results -->"
 
 Row = dict[str, Any]
 _FREE_OF_PINS = 0.01  # share of pinned channels below which a model counts as movable
@@ -28,6 +31,18 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
         f"- torch-pruning's graph finished on {sum(t['finished'] for t in toolkit)}; it ties no units that the channel "
         f"graph keeps apart on {agreeing} of these",
     ]
+
+
+def write_table(path: str | Path, rows: Sequence[Row]) -> None:
+    """Write summary and table to a Markdown file; in a file that has the two marks, between them."""
+    path = Path(path)
+    text = "\n".join([BEGIN, "", *summary_lines(rows), "", markdown_table(rows), "", END])
+    page = path.read_text() if path.exists() else ""
+    if BEGIN in page and END in page:
+        text = page[: page.index(BEGIN)] + text + page[page.index(END) + len(END) :]
+    else:
+        text += "\n"
+    path.write_text(text)
 
 
 def _passed(row: Row, stage: str) -> bool:

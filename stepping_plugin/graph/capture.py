@@ -144,7 +144,7 @@ class _Canonicaliser:
             with self.graph.inserting_after(anchor):
                 anchor = self.graph.placeholder(f"c_{node.name}")
             anchor.meta = {**node.meta, "tensor": name}
-            if not memo[node].is_floating_point():
+            if not memo[node].is_floating_point() and not memo[node].is_meta:
                 anchor.meta["value"] = memo[node].cpu()
             node.replace_all_uses_with(anchor)
         for node in reversed(list(self.graph.nodes)):
@@ -184,7 +184,7 @@ class _Canonicaliser:
     def _remember_indices(self, node: fx.Node, name: str) -> None:
         """Integer tensors may index channels, so the label rules need their values."""
         tensor = self.program.constants.get(name, self.own.get(name))
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is not None and not tensor.is_floating_point() and not tensor.is_meta:
             node.meta["value"] = tensor.detach().cpu()
 
     def _new_placeholder(self, name: str, source: fx.Node) -> fx.Node:

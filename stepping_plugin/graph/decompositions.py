@@ -114,4 +114,11 @@ def einsum(equation: str, operands: Sequence[Tensor], *, path: Any = None) -> Te
     return product.permute([order.index(k) for k in result])
 
 
-DECOMPOSITIONS: dict[Any, Callable] = {torch.ops.aten.lstm.input: lstm, torch.ops.aten.einsum.default: einsum}
+def glu(x: Tensor, dim: int = -1) -> Tensor:
+    """`aten.glu`: the first half of an axis, gated by the second. A value and its gate become one unit."""
+    value, gate = x.chunk(2, dim)
+    return value * torch.sigmoid(gate)
+
+
+aten = torch.ops.aten
+DECOMPOSITIONS: dict[Any, Callable] = {aten.lstm.input: lstm, aten.einsum.default: einsum, aten.glu.default: glu}

@@ -26,7 +26,8 @@ __all__ = ["Operands", "find_positions", "groups_argument", "picked_positions", 
 VIEWS = ("reshape", "view", "expand", "flatten.using_ints", "unflatten.int")
 PICKS = ("slice.Tensor", "select.int", "index.Tensor", "index_select", "roll", "flip", "narrow")
 _BROADCASTING = {
-    "add.Tensor", "addcdiv", "addcmul", "atan2", "div.Tensor", "div.Tensor_mode", "fmod.Tensor",
+    "add.Tensor", "addcdiv", "addcmul", "atan2", "clamp.Tensor", "clamp_max.Tensor", "clamp_min.Tensor",
+    "div.Tensor", "div.Tensor_mode", "fmod.Tensor",
     "lerp.Scalar", "lerp.Tensor", "masked_fill.Scalar", "maximum", "minimum", "mul.Tensor",
     "pow.Tensor_Tensor", "scaled_dot_product_attention", "sub.Tensor", "where.self",
 }  # fmt: skip

@@ -165,7 +165,7 @@ ELEMENTWISE = _names(
     addcmul addcdiv where.self sin cos square erf bitwise_not eq.Scalar ne.Scalar masked_fill.Scalar log_sigmoid
     prelu zeros_like ones_like full_like lerp.Scalar lerp.Tensor sign floor fmod.Scalar log1p expm1 threshold
     hardshrink softsign tanhshrink logical_not gt.Scalar lt.Scalar ge.Scalar le.Scalar bernoulli.p rand_like
-    randn_like silu_backward div.Tensor_mode
+    randn_like silu_backward div.Tensor_mode clamp.Tensor clamp_min.Tensor clamp_max.Tensor
     """
 )
 
