@@ -6,19 +6,19 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..errors import SteppingError, explain
 from ..graph.program import named_tensors
 from .clock import StepClock
 from .emit import SCORES, StepProgram, emit_steps
 from .exit import ExitRule, as_rule, stop_now
+from .fuse import fuse
 from .plan import Plan
 from .session import Session
 
@@ -81,7 +81,7 @@ class Engine:
     def __post_init__(self) -> None:
         increments = [b - a for a, b in zip([0, *self.macs], self.macs)]
         self.clock = StepClock(increments)
-        self._runners = [bind(program.module) for program in self.programs]
+        self._runners = [fuse(program, self.dtype, self.device) for program in self.programs]
 
     @property
     def num_subnets(self) -> int:
@@ -223,31 +223,19 @@ def _checked_deadline(deadline: float | None) -> float:
     return float(deadline)
 
 
-def bind(module: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """A step program as a bare function: attribute look-ups on a plain object cost much less than on a
-    module."""
-    if not isinstance(module, fx.GraphModule):
-        return module
-    holder = SimpleNamespace(**dict(module.named_buffers()))
-    function = type(module).forward
-    return lambda *caches: function(holder, *caches)
-
-
 # ------------------------------------------------------------------------------------------------- compiling
 
 
-def compile_engine(net: SteppingNet, *, compile: bool | Mapping[str, Any] = False, in_place: bool = True) -> Engine:
+def compile_engine(net: SteppingNet, *, compile: bool | Mapping[str, Any] = False) -> Engine:
     """Compile the step programs of a net.
 
     Args:
         net: its parameters are copied, sliced by level.
         compile: run the step programs through `torch.compile`; a mapping holds its options.
-        in_place: let every step extend the caches of its session in place; programs without side effects
-            otherwise.
     """
     with torch.no_grad():
         plan = Plan(net.analysis.eval_program, net.levels, net.num_subnets, _lookup(net))
-        programs, sources = emit_steps(plan, in_place)
+        programs, sources = emit_steps(plan)
     dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
     macs = [sum(p.macs for p in programs[: k + 1]) for k in range(len(programs))]
     axes = {name: node.meta.get("batch_axis", 0) for name, node in sources.items()}
@@ -274,22 +262,35 @@ def _lookup(net: SteppingNet) -> Callable[[str], Tensor]:
 
 
 def _watch(net: SteppingNet) -> Callable[[], str | None]:
-    """Says whether levels or weights differ from what they were, without keeping the net alive."""
-    reference = weakref.ref(net)
-    levels, weights = _state(net)
+    """Says whether levels or weights differ from what they were, without keeping the net alive.
+
+    Asked at the start of every session, so it must be quick: whose tensors they are is looked up only once.
+    """
+    reference, levels = weakref.ref(net), net.unit_levels.clone()
+    holders = [
+        (weakref.ref(module), kind, name, _mark(tensor))
+        for module in net.model.modules()
+        for kind in ("_parameters", "_buffers")
+        for name, tensor in getattr(module, kind).items()
+        if tensor is not None
+    ]
 
     def changed() -> str | None:
         current = reference()
         if current is None:
             return None
-        now_levels, now_weights = _state(current)
-        if now_levels != levels:
+        if current.unit_levels.device != levels.device or not torch.equal(current.unit_levels, levels):
             return "its levels differ"
-        return "its weights differ" if now_weights != weights else None
+        for module, kind, name, mark in holders:
+            held = module()
+            tensor = None if held is None else getattr(held, kind).get(name)
+            if tensor is None or _mark(tensor) != mark:
+                return "its weights differ"
+        return None
 
     return changed
 
 
-def _state(net: SteppingNet) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
-    tensors = [*net.model.parameters(), *net.model.buffers()]
-    return net.levels.tolist(), [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """Differs when a tensor was replaced, moved or written to."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

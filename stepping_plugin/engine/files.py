@@ -46,7 +46,7 @@ _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channe
 
 
 def find_operator(name: str) -> Callable[..., Any] | None:
-    """The operator of an allowed name such as `aten.conv2d`, `aten.add.Tensor`, `kernels.linear` or `mul`."""
+    """The operator of an allowed name such as `aten.conv2d`, `aten.add.Tensor`, `kernels.extend` or `mul`."""
     space, _, rest = name.partition(".")
     if space == "kernels":
         return KERNELS.get(rest)
@@ -116,7 +116,6 @@ def _describe(program: StepProgram, tensors: dict[str, Tensor]) -> dict[str, Any
     """A step program as JSON; its constants are added to `tensors` as `step<level>.t<k>`."""
     numbers: dict[fx.Node, int] = {}
     nodes: list[dict[str, Any]] = []
-    layouts: dict[str, str] = {}
     names: dict[str, str] = {}
     for node in program.module.graph.nodes:
         numbers[node] = len(numbers)
@@ -131,10 +130,7 @@ def _describe(program: StepProgram, tensors: dict[str, Tensor]) -> dict[str, Any
             entry["kwargs"] = {k: encode(v, numbers) for k, v in node.kwargs.items()}
         nodes.append(entry)
     for own, name in names.items():
-        constant = program.module.get_buffer(own).detach()
-        if _is_channels_last(constant):
-            layouts[name] = "channels_last"
-        tensors[f"step{program.level}.{name}"] = constant.cpu().contiguous()
+        tensors[f"step{program.level}.{name}"] = program.module.get_buffer(own).detach().cpu().contiguous()
     return {
         "level": program.level,
         "inputs": list(program.inputs),
@@ -142,14 +138,7 @@ def _describe(program: StepProgram, tensors: dict[str, Tensor]) -> dict[str, Any
         "released": list(program.released),
         "macs": program.macs,
         "nodes": nodes,
-        "layouts": layouts,
     }
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    if tensor.dim() != 4:
-        return False
-    return tensor.stride() == torch.empty(tensor.shape, device="meta", memory_format=torch.channels_last).stride()
 
 
 def _plain_name(value: Any) -> str:
@@ -293,8 +282,7 @@ class _Reader:
             raise ValueError(f"{name!r} is no constant of step {self.level}")
         if name not in dict(self.root.named_buffers()):
             value = self.tensors[f"step{self.level}.{name}"].to(self.device)
-            layout = _FORMATS[self.entry["layouts"].get(name, "contiguous")]
-            self.root.register_buffer(name, value.clone(memory_format=layout))
+            self.root.register_buffer(name, value.clone())  # aligned: matrix products round by alignment
         return self.graph.get_attr(name)
 
     def _decode(self, value: Any) -> Any:

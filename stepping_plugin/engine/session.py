@@ -135,4 +135,7 @@ def _rows(cache: Tensor, axis: int | None, size: int, kept: Tensor) -> Tensor:
         return cache
     each = cache.shape[axis] // size
     rows = kept if each == 1 else (kept[:, None] * each + torch.arange(each, device=kept.device)).flatten()
+    if cache.dim() == 4 and not cache.is_contiguous():  # laid out as (B, H, W, C): stays so
+        order, back = (0, 2, 3, 1), (0, 3, 1, 2)
+        return cache.permute(order).index_select(order.index(axis), rows).permute(back)
     return cache.index_select(axis, rows)
