@@ -63,6 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--compile", action="store_true", help="through torch.compile")
     engine.add_argument("--json", action="store_true", help="print JSON")
     engine.set_defaults(command=_bench_engine)
+    deadline = bench.add_parser("deadline", help="answers to random deadlines, with other work on the machine")
+    deadline.add_argument("models", nargs="*", metavar="MODEL", help="timm names; default: resnet18")
+    deadline.add_argument("--requests", type=int, default=200, help="random deadlines (200)")
+    deadline.add_argument("--load", type=int, default=2, help="busy processes beside (2)")
+    deadline.add_argument("--batch", type=int, default=1, help="images per request (1)")
+    deadline.add_argument("--subnets", type=int, default=4, help="subnets of equal width shares (4)")
+    deadline.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    deadline.add_argument("--json", action="store_true", help="print JSON")
+    deadline.set_defaults(command=_bench_deadline)
     export = commands.add_parser("export", help="write the step programs of a net as torch.export or ONNX files")
     export.add_argument("run", metavar="RUN", help="folder of `stepping run`, or a net.safetensors file")
     export.add_argument("--format", choices=("torch", "onnx"), default="torch", help="kind of files (torch)")
@@ -78,13 +87,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from .pipeline import run_recipe
     from .recipe import load_recipe
-    from .report import results_table
+    from .report import exit_table, results_table
 
     console = Console(soft_wrap=True)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     folder = Path(recipe.output or Path("runs") / Path(arguments.recipe).stem)
     data = run_recipe(recipe, folder, fresh=arguments.fresh, say=lambda text: console.print(text, highlight=False))
     console.print(results_table(data), *data["notes"])
+    console.print(exit_table(data))
     console.print(f"report: {folder / 'index.html'}   net: {folder / 'net.safetensors'}")
     return 0
 
@@ -146,6 +156,27 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
     else:
         Console(soft_wrap=True).print(bench_table(report))
+    return 0
+
+
+def _bench_deadline(arguments: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from .engine.bench import equal_net
+    from .engine.bench_deadline import bench_deadlines, deadline_table
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    rows = []
+    for name in arguments.models or ["resnet18"]:
+        engine = equal_net(build_model(name), arguments.subnets).deploy()
+        row = bench_deadlines(engine, arguments.requests, batch_size=arguments.batch, load=arguments.load)
+        rows.append({"model": name, **row})
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        Console(soft_wrap=True).print(deadline_table(rows))
     return 0
 
 

@@ -32,6 +32,7 @@ from .construction.config import ConstructionConfig
 from .construction.flow import Construction, start_network
 from .construction.importance import magnitude_scores
 from .construction.policies import assign
+from .engine.curve import answers_of, early_exit_curve
 from .errors import CheckpointError, SteppingError
 from .integrations.timm import models as _paper_networks  # noqa: F401 - registers them
 from .levels import parse_budgets
@@ -233,13 +234,28 @@ class Run:
         return original if settings.distill_from == "original" else None
 
     def _finish(self, net: SteppingNet, accuracies: dict[str, list[float]], reference: float | None) -> dict[str, Any]:
+        curve = self._timed("early exit", self.early_exit, net)
         proof = self._timed("verification", verify, net.cpu())
         data = report_data(self.recipe, net, accuracies, reference)
-        data.update(verify=vars(proof), seconds=self.seconds, history=self.history)
+        data.update(early_exit=curve, verify=vars(proof), seconds=self.seconds, history=self.history)
         if self.main:
             net.save(self.folder / "net.safetensors")
             write_report(self.folder, data)
         return data
+
+    def early_exit(self, net: SteppingNet) -> dict[str, Any]:
+        """Accuracy against average MACs of `engine.predict(until={"max_prob": ...})`, see `engine.curve`.
+
+        Where nothing is held out for validation, every second test image is, for this purpose.
+        """
+        engine = net.eval().deploy()
+        test = answers_of(engine, self.loader("test", 256))
+        if self.data.val is self.data.test:
+            held_out, test, where = test[::2], test[1::2], "every other test image"
+        else:
+            held_out, where = answers_of(engine, self.loader("val", 256)), "the validation split"
+        points = early_exit_curve(held_out, test, engine.macs)
+        return {"rule": "max_prob", "thresholds_from": where, "points": points}
 
     # --- parts
 

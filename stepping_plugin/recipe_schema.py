@@ -186,11 +186,14 @@ class Construction(Optimisation):
     policy: Literal["steppingnet", "any-width", "random"] = key("steppingnet", "which units go to which level")
     iterations: int = key(30, "N_t of the paper", ge=1)
     batches: int = key(10, "m of the paper: training batches per iteration", ge=0)
+    cooldown_iterations: int = key(3, "after the last moves, train m batches so many times at a falling lr", ge=0)
     expansion: float = key(1.0, "widen every layer by this factor before construction", ge=1)
+    noise: float = key(0.0, "how unequally copies of a widened unit share its outgoing weights", ge=0, lt=1)
     init: Literal["original", "random"] = key("original", "weights to start from; original: widened, same function")
     importance: Literal["per-sample", "per-batch", "magnitude", "random"] = key(
         "per-sample", "estimator of Eq. 2 and 3"
     )
+    importance_batches: int = key(2, "batches per iteration on which Eq. 2 is evaluated", ge=1)
     alpha: float = key(1.5, "alpha_k = alpha ** (k - 1) of Eq. 3", gt=0)
     beta: float = key(0.9, "suppression of weight updates (III-A2); 1: none", gt=0, le=1)
     threshold: float = key(1e-5, "weights below it are pruned; 0: none", ge=0)

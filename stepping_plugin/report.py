@@ -6,6 +6,8 @@ The data are a plain dictionary (accuracies are shares in [0, 1], MACs are per i
     subnets:   [{subnet: 1.., macs: int, budget: int, accuracy: float | None,
                  accuracy_before_retraining: float | None}, ...]
     layers:    [{name: str, units_per_level: [int, ...]}, ...], one entry per level 1..N, then the spare units
+    early_exit: {rule: str, thresholds_from: str, points: [{threshold, macs (average), accuracy, subnets: shares of the
+                 samples that stop there}, ...]} (optional)
     recipe:    str, the resolved recipe as YAML (optional)
     title:     str (optional)
 
@@ -34,10 +36,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_accuracy", "draw_units", "results_table", "write_report"]
+__all__ = ["draw_accuracy", "draw_units", "exit_table", "results_table", "write_report"]
 
 _INK, _ACCENT, _MUTED, _GRID = "#1f2933", "#1b6ca8", "#8795a1", "#e4e7eb"
-_SPARE = "#d5d9de"
+_SECOND, _SPARE = "#c2571a", "#d5d9de"
 
 
 def write_report(folder: str | os.PathLike[str], data: Mapping[str, Any]) -> Path:
@@ -76,6 +78,16 @@ def results_table(data: Mapping[str, Any]) -> Table:
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "network" else "right")
     for row in _rows(data):
+        table.add_row(*row)
+    return table
+
+
+def exit_table(data: Mapping[str, Any]) -> Table:
+    """The early-exit curve, for `rich.print`."""
+    table = Table(title=f"early exit, thresholds from {data['early_exit']['thresholds_from']}")
+    for column in _EXIT_COLUMNS:
+        table.add_column(column, justify="right")
+    for row in _exit_rows(data):
         table.add_row(*row)
     return table
 
@@ -126,6 +138,22 @@ def _rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+_EXIT_COLUMNS = ("stop at probability", "average MACs", "of M_t", "accuracy", "stop at subnet 1 / 2 / ..., %")
+
+
+def _exit_rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{point['threshold']:.4f}",
+            _si(point["macs"]),
+            _percent(point["macs"] / data["original"]["macs"]),
+            _percent(point["accuracy"], 2),
+            " / ".join(f"{100 * share:.0f}" for share in point["subnets"]),
+        )
+        for point in data["early_exit"]["points"]
+    ]
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
@@ -183,6 +211,15 @@ def draw_accuracy(data: Mapping[str, Any]) -> Figure:
             markersize=5,
             linewidth=1.2,
             label="subnets before retraining",
+        )
+    if points := (data.get("early_exit") or {}).get("points"):
+        axes.plot(
+            [100 * row["macs"] / reference for row in points],
+            [100 * row["accuracy"] for row in points],
+            ".-",
+            color=_SECOND,
+            linewidth=1.2,
+            label="early exit by max. probability (average MACs)",
         )
     shares = [100 * row["macs"] / reference for row in subnets]
     accuracies = [100 * row["accuracy"] for row in subnets]
@@ -297,6 +334,7 @@ pre {{ background: #f5f7fa; padding: 1rem; overflow-x: auto; font-size: .85rem; 
 the original network.</p>
 <h2>Accuracy against MACs</h2>
 <img alt="Accuracy of each subnet against its MACs" src="{accuracy_vs_macs}">
+{early_exit}
 <h2>Units per layer and level</h2>
 <img alt="Share of each layer's units in each level" src="{units_per_layer}">
 <details><summary>As a table</summary><div class="wide">{units}</div></details>
@@ -321,9 +359,20 @@ def _page(data: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         title=html.escape(str(data.get("title") or "SteppingNet report")),
         results=_html_table(_COLUMNS, _rows(data)),
         units=_html_table(header, units),
+        early_exit=_early_exit(data),
         recipe=f"<h2>Recipe</h2>\n<pre>{html.escape(str(recipe))}</pre>" if recipe else "",
         **sources,
     )
+
+
+def _early_exit(data: Mapping[str, Any]) -> str:
+    """The early-exit curve as a table, folded; empty without one."""
+    if not data.get("early_exit"):
+        return ""
+    where = html.escape(data["early_exit"]["thresholds_from"])
+    table = _html_table(_EXIT_COLUMNS, _exit_rows(data))
+    note = f'<p class="note">Thresholds were chosen on {where}.</p>'
+    return f'<details><summary>Early exit, as a table</summary>{note}<div class="wide">{table}</div></details>'
 
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

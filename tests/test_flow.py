@@ -183,6 +183,23 @@ def test_every_subnet_lands_on_its_budget(flow, band, importance):
     assert all(float((a - b).abs().max()) > 1e-4 for a, b in itertools.pairwise(scores))
 
 
+def test_cool_down_trains_without_moves_at_a_falling_learning_rate(monkeypatch):
+    run = construction(batches=3, iterations=2, cooldown_iterations=2, lr=0.03)
+    rates: list[float] = []
+    update = run.trainer.update
+
+    def observed(group):
+        rates.append(run.trainer.optimizer.param_groups[0]["lr"])
+        return update(group)
+
+    monkeypatch.setattr(run.trainer, "update", observed)
+    for _ in run:
+        pass
+    landed = run.finish().levels
+    assert torch.equal(run.net.levels, landed) and run.batches == 3 * (2 + 2)
+    assert rates == pytest.approx([0.03] * 6 + [0.02] * 3 + [0.01] * 3)
+
+
 def test_a_layer_without_new_units_gets_some():
     run = construction(shares=(0.3, 0.6), iterations=1)
     group = next(g for g in run.net.analysis.groups if g.name == "hidden")

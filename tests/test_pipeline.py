@@ -1,5 +1,6 @@
 """Recipes from the command line: the whole story on a small scale, continued runs, faults."""
 
+import itertools
 import json
 import os
 import signal
@@ -49,6 +50,10 @@ def test_a_run_leaves_everything(done):
     net = load(folder / "net.safetensors")
     assert net.macs == [s["macs"] for s in report["subnets"]]
     verify(net)
+    points = report["early_exit"]["points"]
+    assert points[0]["macs"] == net.macs[0]
+    assert points[0]["accuracy"] == pytest.approx(report["subnets"][0]["accuracy"])
+    assert all(low["macs"] <= high["macs"] <= net.macs[-1] for low, high in itertools.pairwise(points))
 
 
 def test_running_again_continues_and_another_recipe_is_refused(done):

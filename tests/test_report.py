@@ -107,6 +107,23 @@ def test_the_curve_holds_every_subnet():
     np.testing.assert_allclose(lines["original"], [[100, 90]])
 
 
+def test_early_exit_is_in_the_picture_on_the_page_and_in_the_terminal(tmp_path):
+    points = [
+        {"threshold": 0.0, "macs": 200_000.0, "accuracy": 0.6, "subnets": [1.0, 0.0, 0.0]},
+        {"threshold": 0.83, "macs": 310_000.0, "accuracy": 0.78, "subnets": [0.6, 0.25, 0.15]},
+    ]
+    data = example() | {"early_exit": {"rule": "max_prob", "thresholds_from": "the <val> split", "points": points}}
+    lines = {str(line.get_label()): line.get_xydata() for line in report.draw_accuracy(data).axes[0].lines}
+    [curve] = [xy for label, xy in lines.items() if label.startswith("early exit")]
+    np.testing.assert_allclose(curve, [[20, 60], [31, 78]])
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report.exit_table(data))
+    page = report.write_report(tmp_path, data).read_text()
+    for text in ("0.8300", "310 k", "31.0 %", "78.00 %", "60 / 25 / 15"):
+        assert text in console.file.getvalue() and text in page
+    assert "the &lt;val&gt; split" in page
+
+
 def test_tensors_numpy_and_nan_become_json(tmp_path):
     data = example()
     data |= {"levels": torch.tensor([1, 2]), "loss": float("nan"), "time": np.float64(1.5), "path": tmp_path}

@@ -30,6 +30,8 @@ class ConstructionConfig:
             rules.
         iterations: N_t.
         batches: m, training batches per iteration.
+        cooldown_iterations: after the landing, m batches of training for so many times, without moves; the
+            learning rate falls to 0. The last moves are learned too, before accuracy is measured.
         expansion: widen every layer by this factor before construction.
         noise: how unequally the copies of a widened unit share its outgoing weights, see `widening.widen`.
         init: weights of the start network: "original" (widened, same function) or "random".
@@ -51,6 +53,7 @@ class ConstructionConfig:
     flow: str = "trajectory"
     iterations: int = 30
     batches: int = 10
+    cooldown_iterations: int = 3
     expansion: float = 1.0
     noise: float = 0.0
     init: str = "original"
@@ -92,7 +95,8 @@ class ConstructionConfig:
 
     def _wrong_numbers(self) -> list[str]:
         whole = [
-            ("iterations", 1), ("batches", 0), ("importance_batches", 1), ("grad_accum_steps", 1),
+            ("iterations", 1), ("batches", 0), ("cooldown_iterations", 0), ("importance_batches", 1),
+            ("grad_accum_steps", 1),
         ]  # fmt: skip
         problems = [
             f"{name}: got {getattr(self, name)!r}, expected a whole number from {least} up"

@@ -5,7 +5,8 @@
               for i = 1..N: if subnet i costs too much, move units from subnet i to subnet i + 1;
               prune weights of negligible magnitude, revive the synapses of moved units
     until     every subnet meets its budget P_i, or N_t iterations are over
-    finish    land every subnet just below its budget (the paper's own end up to 7.5 points below)
+    finish    land every subnet just below its budget (the paper's own end up to 7.5 points below),
+              train for some more batches without moves (cool down)
 
 What "costs too much" is, and which units move, is up to the flow.
 
@@ -60,7 +61,7 @@ class Construction:
         construction = Construction(start_network(...), train_loader, config)
         for record in construction:               # trains and moves units
             save(construction.state_dict())       # load_state_dict continues from here
-        construction.finish()                     # exact budgets; then net.compact() and retraining
+        construction.finish()                     # exact budgets, cool-down; then net.compact() and retraining
 
     Together with the random generators, `state_dict` is all that the following iterations depend on. In a
     distributed run every process has its own share of the batches, and all move the same units.
@@ -128,7 +129,8 @@ class Construction:
             iteration (from 1), losses (means over the batches) and macs of subnets 1..N, moved (number of
             units), pruned (share of the weights).
         """
-        losses = self._train_and_evaluate()
+        losses = self._train(evaluated=self.config.importance_batches if self.evaluator else 0)
+        self._read_importance()
         self.iteration += 1
         before = levels = self.net.levels
         move = self._by_paper if self.config.flow == "paper" else self._by_trajectory
@@ -140,10 +142,9 @@ class Construction:
         self.records.append(record)
         return record
 
-    def _train_and_evaluate(self) -> list[float]:
-        """Train for m batches and evaluate Eq. 2 on the last ones of them; returns the mean losses."""
+    def _train(self, evaluated: int) -> list[float]:
+        """Train for m batches and evaluate Eq. 2 on the last so many of them; returns the mean losses."""
         config, net = self.config, self.net
-        evaluated = config.importance_batches if self.evaluator else 0
         count = max(config.batches, evaluated)
         losses = torch.zeros(net.num_subnets, device=self.trainer.device)
         group: list[Batch] = []
@@ -162,11 +163,13 @@ class Construction:
         losses = reduce(losses, "mean") / max(1, config.batches)
         if not bool(losses.isfinite().all()):
             raise self.trainer.diverged(f"losses {losses.tolist()}")
+        return losses.tolist()
+
+    def _read_importance(self) -> None:
         if self.evaluator:
-            inside = net.levels <= net.num_subnets  # spare units keep what they had when they left subnet N
+            inside = self.net.levels <= self.net.num_subnets  # spare units keep what they had when they left subnet N
             self.gradients = torch.where(inside, self.evaluator.gradients, self.gradients)
             self.evaluator.reset()
-        return losses.tolist()
 
     def _evaluate(self, evaluator: GradientImportance, images: Tensor, target: Tensor) -> None:
         device, kind = self.trainer.device, getattr(torch, self.config.amp_dtype)
@@ -228,7 +231,7 @@ class Construction:
     # --- The end
 
     def finish(self) -> LandingResult:
-        """Bring every subnet to 0.99 P_i .. P_i where units allow, with new units in every larger layer.
+        """Bring every subnet to 0.99 P_i .. P_i where units allow, with new units in every larger layer; cool down.
 
         Raises:
             BudgetError: a budget cannot be met, or two subnets would give the same scores.
@@ -249,7 +252,16 @@ class Construction:
             result.notes.append(f"subnet {i} has new units in {', '.join(names)} that it does not use: {reason}")
         self._assign(result.levels)
         net.notes += result.notes
+        self._cool_down()
         return result
+
+    def _cool_down(self) -> None:
+        """Train without moves at a falling learning rate: synapses of the units moved last are new."""
+        rounds = self.config.cooldown_iterations
+        for left in range(rounds, 0, -1):
+            for group in self.trainer.optimizer.param_groups:
+                group["lr"] = self.config.lr * left / (rounds + 1)
+            self._train(evaluated=0)
 
     def _assign(self, levels: Tensor) -> None:
         """Move units, check that all processes move the same ones, revive and prune."""

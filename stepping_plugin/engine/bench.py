@@ -24,7 +24,7 @@ from .engine import Engine, compile_engine
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["MODELS", "bench_engine", "bench_net", "bench_table", "equal_levels"]
+__all__ = ["MODELS", "bench_engine", "bench_net", "bench_table", "equal_levels", "equal_net"]
 
 MODELS = ("resnet18", "efficientnet_lite0", "vit_tiny_patch16_224", "convnext_atto", "mobilenetv3_small_050")
 
@@ -38,6 +38,14 @@ def equal_levels(analysis: Analysis, num_subnets: int) -> Tensor:
         if int(levels[anchor].min()) > 1:
             levels[anchor[0]] = 1
     return levels
+
+
+def equal_net(model: nn.Module, num_subnets: int) -> SteppingNet:
+    """A net in eval mode whose subnets have equal shares of every width; the model is copied."""
+    size = tuple(model.default_cfg["input_size"])  # type: ignore[index]
+    analysis = analyse(model, size, modes=(False,))
+    levels = equal_levels(analysis, num_subnets)
+    return SteppingNet(copy.deepcopy(model), analysis, levels, [1] * num_subnets, 1).eval()
 
 
 def bench_engine(
@@ -70,10 +78,7 @@ def bench_engine(
     results = []
     for name, model in named.items():
         model = copy.deepcopy(model).eval()
-        size = tuple(model.default_cfg["input_size"])  # type: ignore[index]
-        analysis = analyse(model, size, modes=(False,))
-        budgets = [1] * num_subnets
-        net = SteppingNet(copy.deepcopy(model), analysis, equal_levels(analysis, num_subnets), budgets, 1).eval()
+        net = equal_net(model, num_subnets)
         for batch_size in batch_sizes:
             entry = bench_net(net, model, batch_size, turns=turns, seconds=seconds, compile=compile)
             results.append({"model": name, **entry})

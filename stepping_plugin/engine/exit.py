@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import SteppingError, explain, nearest
 
-__all__ = ["ExitRule", "as_rule", "entropy", "margin", "max_probability", "stop_now"]
+__all__ = ["ExitRule", "as_rule", "entropy", "margin", "max_probability", "stop_now", "wide"]
 
 ExitRule = Callable[[Tensor], Tensor]
 
@@ -23,7 +23,7 @@ ExitRule = Callable[[Tensor], Tensor]
 def max_probability(threshold: float) -> ExitRule:
     """Stop when the largest softmax probability is at least `threshold`, in [0, 1]."""
     threshold = _checked("max_prob", threshold, 0.0, 1.0)
-    return lambda scores: _wide(scores).softmax(-1).amax(-1) >= threshold
+    return lambda scores: wide(scores).softmax(-1).amax(-1) >= threshold
 
 
 def margin(threshold: float) -> ExitRule:
@@ -31,7 +31,7 @@ def margin(threshold: float) -> ExitRule:
     threshold = _checked("margin", threshold, 0.0, 1.0)
 
     def rule(scores: Tensor) -> Tensor:
-        best = _wide(scores).softmax(-1).topk(min(2, scores.shape[-1]), -1).values
+        best = wide(scores).softmax(-1).topk(min(2, scores.shape[-1]), -1).values
         return best[..., 0] - (best[..., 1] if best.shape[-1] > 1 else 0) >= threshold
 
     return rule
@@ -42,7 +42,7 @@ def entropy(threshold: float) -> ExitRule:
     threshold = _checked("entropy", threshold, 0.0, math.inf)
 
     def rule(scores: Tensor) -> Tensor:
-        logs = _wide(scores).log_softmax(-1)
+        logs = wide(scores).log_softmax(-1)
         return -(logs.exp() * logs).nan_to_num(nan=math.nan, posinf=0.0, neginf=0.0).sum(-1) <= threshold
 
     return rule
@@ -93,7 +93,8 @@ def stop_now(rule: ExitRule, scores: Tensor) -> Tensor:
     return result
 
 
-def _wide(scores: Tensor) -> Tensor:
+def wide(scores: Tensor) -> Tensor:
+    """Scores in float32 at least."""
     return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
 

@@ -22,6 +22,7 @@ from ..graph.program import Program, call_arg, op_name
 from ..graph.rules import reduced_axes, weight_key
 from ..units import channel_axis
 from . import functional
+from .norm import prefix_norm
 
 __all__ = ["NestedGraph", "build_nested"]
 
@@ -218,7 +219,7 @@ class _Builder:
         eps = call_arg(node, "eps")
         source: fx.Node = node.args[0]
         self.values[node] = self.call(
-            functional.prefix_norm, self.values[source], self.levels(source.meta["units"]), self.n, axes,
+            prefix_norm, self.values[source], self.levels(source.meta["units"]), self.n, axes,
             source.meta["axis"], *affine, default_eps if eps is None else eps, name != "rms_norm",
         )  # fmt: skip
 

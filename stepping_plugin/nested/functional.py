@@ -1,4 +1,4 @@
-"""Operators that exist only in nested networks (DESIGN section 4), in plain differentiable torch.
+"""Operators that exist only in nested networks, in plain differentiable torch. Layer norm: `norm.prefix_norm`.
 
 Shapes: `levels` is LongTensor (C,) with the level of every channel, 1..n, or n + 1 for spare channels, which no
 subnet contains. A value *per level* is a list of n tensors.
@@ -9,66 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate_head", "pick_levels", "prefix_norm", "prefix_reduce", "prefix_taps", "tap_neighbours"]
-
-
-def prefix_norm(
-    x: Tensor,
-    levels: Tensor,
-    n: int,
-    axes: list[int],
-    channel_axis: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centred: bool = True,
-) -> Tensor:
-    """Layer norm (or RMS norm) in which a channel of level s uses the statistics of the channels of level <= s.
-
-    Sums per level are products with a membership matrix, and the normalisation is one multiply-add, so that the cost
-    stays near that of an ordinary norm. Values are first shifted by the mean of the level-1 channels, which keeps
-    mean square minus squared mean precise.
-
-    Args:
-        x: any shape; normalised over `axes`, which include `channel_axis`.
-        levels: (C,).
-        n: number of subnets.
-        axes: non-negative normalised axes.
-        channel_axis: the axis that carries the units.
-        weight, bias: None, or C values, or broadcastable to x.
-        eps: added to the variance.
-        centred: False for RMS norm.
-    """
-    kind = x.dtype
-    if kind in (torch.float16, torch.bfloat16):
-        x = x.float()
-    y = x.movedim(channel_axis, -1)
-    others = [a if a < channel_axis else a - 1 for a in axes if a != channel_axis]
-    members = (levels[:, None] == torch.arange(1, n + 1, device=levels.device)).to(y.dtype)  # (C, n), spare: none
-    count = members.sum(0) * _spread(x, axes, channel_axis)
-    reach = count.cumsum(0).clamp(min=1)
-
-    def total(values: Tensor, of: Tensor) -> Tensor:
-        summed = values @ of
-        return summed.sum(others, keepdim=True) if others else summed
-
-    if centred:
-        y = y - total(y, members[:, :1]) / count[:1].clamp(min=1)
-    squares = total(y.square(), members).cumsum(-1) / reach
-    shift = total(y, members).cumsum(-1) / reach if centred else torch.zeros_like(squares)
-    scale = torch.rsqrt(squares - shift.square() + eps)
-    reads = torch.nn.functional.one_hot((levels - 1).clamp(max=n - 1), n).to(y.dtype).t()  # (n, C): whose statistics
-    if weight is not None and weight.numel() == len(levels):
-        reads, weight = reads * weight.flatten(), None
-    offset = (-shift * scale) @ reads
-    if weight is None and bias is not None and bias.numel() == len(levels):
-        offset, bias = offset + bias.flatten(), None
-    result = torch.addcmul(offset, y, scale @ reads).movedim(-1, channel_axis)
-    if weight is not None:
-        result = result * weight
-    if bias is not None:
-        result = result + bias
-    return result if kind == result.dtype or torch.is_autocast_enabled(x.device.type) else result.to(kind)
+__all__ = ["accumulate_head", "pick_levels", "prefix_reduce", "prefix_taps", "tap_neighbours"]
 
 
 def prefix_reduce(
