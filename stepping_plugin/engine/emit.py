@@ -198,7 +198,7 @@ class _Step(StepGraph):
         own, axes = self.positions(node), normalised_axes(node)
         weight, bias, eps, centred = norm_options(node)
         affine = [self._channel_shaped(p, node, own) for p in (weight, bias)]
-        value, names = self.value(source), (f"{node.name}.mean", f"{node.name}.squares")
+        value, names = self.value(source), (f"{node.name}.mean", f"{node.name}.scale")
         if self.level == 1:
             several = self.call(kernels.first_norm, value, axes, *affine, eps, centred)
         else:

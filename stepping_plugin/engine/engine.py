@@ -264,16 +264,11 @@ def _lookup(net: SteppingNet) -> Callable[[str], Tensor]:
 def _watch(net: SteppingNet) -> Callable[[], str | None]:
     """Says whether levels or weights differ from what they were, without keeping the net alive.
 
-    Asked at the start of every session, so it must be quick: whose tensors they are is looked up only once.
+    Asked at the start of every session, so it must be quick: tensors are looked up once.
     """
     reference, levels = weakref.ref(net), net.unit_levels.clone()
-    holders = [
-        (weakref.ref(module), kind, name, _mark(tensor))
-        for module in net.model.modules()
-        for kind in ("_parameters", "_buffers")
-        for name, tensor in getattr(module, kind).items()
-        if tensor is not None
-    ]
+    tensors = [*net.model.parameters(), *net.model.buffers()]
+    seen = [(weakref.ref(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
 
     def changed() -> str | None:
         current = reference()
@@ -281,16 +276,10 @@ def _watch(net: SteppingNet) -> Callable[[], str | None]:
             return None
         if current.unit_levels.device != levels.device or not torch.equal(current.unit_levels, levels):
             return "its levels differ"
-        for module, kind, name, mark in holders:
-            held = module()
-            tensor = None if held is None else getattr(held, kind).get(name)
-            if tensor is None or _mark(tensor) != mark:
+        for held, place, version in seen:
+            tensor = held()
+            if tensor is None or tensor.data_ptr() != place or (version is not None and tensor._version != version):
                 return "its weights differ"
         return None
 
     return changed
-
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    """Differs when a tensor was replaced, moved or written to."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

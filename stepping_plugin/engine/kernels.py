@@ -42,32 +42,29 @@ def merge_moments(
 def first_norm(
     x: Tensor, axes: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prefix norm at level 1: normalised slice, mean and sum of squared deviations (of squares for an RMS
-    norm).
+    """Prefix norm at level 1: normalised slice, mean and scale 1 / sqrt(variance + eps).
 
     Args:
         x: channels of level 1, any shape.
         axes: non-negative normalised axes.
         weight, bias: None or broadcastable to x.
         eps: added to the variance.
-        centred: False for RMS norm.
+        centred: False for RMS norm, whose mean is 0 (returned as the scale, which has the shape).
     """
     count = math.prod(x.shape[a] for a in axes)
     if centred and axes == [x.dim() - 1] and count >= _SHORT and x.dtype in (torch.float32, torch.float64):
-        result, mean, scale = torch.native_layer_norm(x, [count], weight, bias, eps)
-        return result, mean, (scale.pow(-2) - eps) * count
+        return torch.native_layer_norm(x, [count], weight, bias, eps)
     wide = _wide(x)
     mean = wide.mean(axes, keepdim=True) if centred else None
     deviations = wide.clone() if mean is None else wide - mean
-    squares = _squares(deviations, axes, True)
-    result = _scaled(deviations, squares, count, weight, bias, eps).to(x.dtype)
-    return result, squares if mean is None else mean, squares
+    scale = _squares(deviations, axes, True).mul_(1 / count).add_(eps).rsqrt_()
+    return _scaled(deviations, scale, weight, bias).to(x.dtype), scale if mean is None else mean, scale
 
 
 def next_norm(
     x: Tensor,
     mean: Tensor,
-    squares: Tensor,
+    scale: Tensor,
     count: int,
     axes: list[int],
     weight: Tensor | None,
@@ -77,26 +74,30 @@ def next_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prefix norm at a higher level: the statistics of lower levels (over `count` numbers) are extended.
 
-    See `first_norm` for arguments and results.
+    The variance of both groups together is the mean of theirs and of the gap between their means (Chan, Golub,
+    LeVeque 1983); eps stays inside, which costs no precision where it matters. See `first_norm` for arguments and
+    results.
     """
     wide, added = _wide(x), math.prod(x.shape[a] for a in axes)
-    if centred:
-        mean, squares = merge_moments(mean, squares, count, *moments(wide, axes), added)
-        wide = wide - mean
-    else:
-        squares = squares + _squares(wide, axes, True)
-        wide = wide.clone()
-    return _scaled(wide, squares, count + added, weight, bias, eps).to(x.dtype), mean, squares
+    total = count + added
+    own = wide.mean(axes, keepdim=True) if centred else None
+    deviations = wide.clone() if own is None else wide - own
+    spread = _squares(deviations, axes, True).add_(added * eps)
+    if own is not None:
+        gap = own - mean
+        spread.addcmul_(gap, gap, value=count * added / total)
+        deviations.add_(gap, alpha=count / total)
+        mean = torch.add(mean, gap, alpha=added / total)
+    scale = spread.add_(scale.pow(-2), alpha=count).mul_(1 / total).rsqrt_()
+    return _scaled(deviations, scale, weight, bias).to(x.dtype), mean if centred else scale, scale
 
 
-def _scaled(
-    deviations: Tensor, squares: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def _scaled(deviations: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Works in place: a new tensor costs more than the arithmetic."""
-    result = deviations.mul_(squares.mul(1 / count).add_(eps).rsqrt_())
-    if weight is not None:
-        result.mul_(weight)
-    return result if bias is None else result.add_(bias)
+    result = deviations.mul_(scale)
+    if weight is None:
+        return result if bias is None else result.add_(bias)
+    return result.mul_(weight) if bias is None else torch.addcmul(bias, result, weight, out=result)
 
 
 def _squares(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
