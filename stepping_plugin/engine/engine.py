@@ -7,6 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from .clock import StepClock
 from .emit import SCORES, StepProgram, emit_steps
 from .exit import ExitRule, as_rule, stop_now
 from .fuse import fuse
-from .plan import Plan
+from .plan import BatchAxis, Plan, batch_axes
 from .session import Session
 
 if TYPE_CHECKING:
@@ -60,12 +61,12 @@ class Engine:
 
     Attributes:
         programs: step programs 1..N.
-        macs: MACs executed per sample up to subnets 1..N. They equal the net's MACs, less those of units that
-            no
-            class score of any subnet depends on: such units are not computed.
+        macs: MACs executed per sample up to subnets 1..N. They are the net's MACs (`SteppingNet.macs`, which counts
+            every unit and is what budgets bound), less those of units that no class score of any subnet depends on:
+            the engine does not compute such units, and reports what it executes.
         image_size: (C, H, W).
         dtype, device: of images and scores.
-        cache_axes: batch axis per cache name, None where a cache does not depend on the batch.
+        cache_axes: where the samples are, per cache name; None where a cache does not depend on the batch.
     """
 
     programs: list[StepProgram]
@@ -73,7 +74,7 @@ class Engine:
     image_size: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    cache_axes: dict[str, int | None]
+    cache_axes: dict[str, BatchAxis | None]
     changed: Callable[[], str | None] = lambda: None
     clock: StepClock = field(init=False)
     _runners: list[Callable[..., tuple[Tensor, ...]]] = field(init=False, repr=False)
@@ -87,6 +88,18 @@ class Engine:
     def num_subnets(self) -> int:
         """N."""
         return len(self.programs)
+
+    def compile(self, **options: Any) -> Engine:
+        """Run the step programs through `torch.compile` from now on.
+
+        Every step is compiled when it first runs, which takes seconds to minutes, once more when a second batch
+        size arrives, and then holds for all batch sizes.
+
+        Args:
+            options: keyword arguments of `torch.compile`.
+        """
+        self._runners = [torch.compile(program.module, **options) for program in self.programs]
+        return self
 
     # ------------------------------------------------------------------------------------------ running
 
@@ -109,9 +122,10 @@ class Engine:
     def run_step(self, level: int, caches: dict[str, Tensor]) -> Tensor:
         """Run step program `level` on a session's caches, bring them up to date and return the class
         scores."""
-        program = self.programs[level - 1]
+        program, kind = self.programs[level - 1], self.device.type
+        own_type = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         began = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), own_type:
             results = self._runners[level - 1](*[caches[name] for name in program.inputs])
         caches.update(zip(program.outputs, results, strict=True))
         for name in program.released:
@@ -238,13 +252,18 @@ def compile_engine(net: SteppingNet, *, compile: bool | Mapping[str, Any] = Fals
         programs, sources = emit_steps(plan)
     dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
     macs = [sum(p.macs for p in programs[: k + 1]) for k in range(len(programs))]
-    axes = {name: node.meta.get("batch_axis", 0) for name, node in sources.items()}
+    found = batch_axes(plan.program)
+    axes = {name: found[node] for name, node in sources.items()}
     engine = Engine(programs, macs, tuple(net.analysis.image_size), dtype, plan.device, axes, _watch(net))
-    if compile:
-        options = dict(compile) if isinstance(compile, Mapping) else {}
-        compiled = [torch.compile(program.module, **{"dynamic": True, **options}) for program in programs]
-        engine._runners = compiled
-    return engine
+    return engine.compile(**compile_options(compile)) if compile else engine
+
+
+def compile_options(compile: Any) -> dict[str, Any]:
+    """Keyword arguments of `torch.compile`, from the `compile` argument of `deploy` and `load_engine`."""
+    if not isinstance(compile, (bool, Mapping)):
+        expected = "True, False or keyword arguments of torch.compile"
+        raise SteppingError(explain("bad option", where="compile", got=compile, expected=expected))
+    return dict(compile) if isinstance(compile, Mapping) else {}
 
 
 def _lookup(net: SteppingNet) -> Callable[[str], Tensor]:

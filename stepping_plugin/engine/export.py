@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import SteppingError, explain, nearest
 from .emit import IMAGE, StepProgram
+from .plan import BatchAxis
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -122,13 +123,16 @@ def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
 class _Describer:
     """Entries of the manifest: one cache with its shape, in which the batch is a word or a number."""
 
-    def __init__(self, axes: Mapping[str, int | None], caches: Mapping[str, Tensor], batch_size: int | None) -> None:
+    def __init__(
+        self, axes: Mapping[str, BatchAxis | None], caches: Mapping[str, Tensor], batch_size: int | None
+    ) -> None:
         self.axes, self.caches, self.batch_size = axes, caches, batch_size
 
     def __call__(self, cache: str, name: str | None) -> dict[str, Any]:
-        tensor, axis = self.caches[cache], self.axes.get(cache, 0)
+        tensor, place = self.caches[cache], self.axes[cache]
         shape: list[int | str] = list(tensor.shape)
-        if axis is not None and self.batch_size is None:
+        if place is not None and self.batch_size is None:
+            axis = place.axis
             each = tensor.shape[axis] // _TRACED_BATCH
             shape[axis] = "batch" if each == 1 else f"{each}*batch"
         entry = {"cache": cache, "shape": shape, "dtype": str(tensor.dtype).removeprefix("torch.")}
@@ -148,9 +152,7 @@ def _exported(
     batch = torch.export.Dim("batch", min=1) if dynamic else None
     for program in programs:
         given = tuple(caches[name] for name in program.inputs)
-        shapes = tuple(
-            _open_axes(c, engine.cache_axes.get(n, 0), batch, batch_size) for n, c in zip(program.inputs, given)
-        )
+        shapes = tuple(_open_axes(c, engine.cache_axes[n], batch, batch_size) for n, c in zip(program.inputs, given))
         try:
             with torch.no_grad():
                 exported.append(torch.export.export(program.module, given, dynamic_shapes=shapes, strict=False))
@@ -165,12 +167,12 @@ def _exported(
     return exported, examples
 
 
-def _open_axes(cache: Tensor, axis: int | None, batch: Any, batch_size: int) -> dict[int, Any] | None:
+def _open_axes(cache: Tensor, place: BatchAxis | None, batch: Any, batch_size: int) -> dict[int, Any] | None:
     """Which axis of an input follows the batch; some hold several rows per image."""
-    if batch is None or axis is None:
+    if batch is None or place is None:
         return None
-    each = cache.shape[axis] // batch_size
-    return {axis: batch if each == 1 else each * batch}
+    each = cache.shape[place.axis] // batch_size
+    return {place.axis: batch if each == 1 else each * batch}
 
 
 def _first_line(error: Exception) -> str:

@@ -24,8 +24,9 @@ from ..errors import CheckpointError, SteppingError, explain
 from ..graph.rules import RULES
 from ..tensorfile import ENGINE, read_file
 from .emit import IMAGE, SCORES, StepProgram
-from .engine import Engine
+from .engine import Engine, compile_options
 from .kernels import KERNELS
+from .plan import BatchAxis
 
 __all__ = ["load_engine", "save_engine"]
 
@@ -169,12 +170,18 @@ def encode(value: Any, numbers: Mapping[fx.Node, int]) -> Any:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def load_engine(path: str | os.PathLike[str], *, device: str | torch.device | None = None) -> Engine:
+def load_engine(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    compile: bool | Mapping[str, Any] = False,
+) -> Engine:
     """Read an engine that `Engine.save` wrote. Needs neither the net nor the library its model came from.
 
     Args:
         path: the file.
         device: where to put the engine; the CPU if left out.
+        compile: run the step programs through `torch.compile`; a mapping holds its options.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign, of another version, or calls unknown operators.
@@ -189,14 +196,18 @@ def load_engine(path: str | os.PathLike[str], *, device: str | torch.device | No
             tuple(_checked(s, int) for s in header["image_size"]),
             _dtype(header["dtype"]),
             device,
-            {name: axis if axis is None else _checked(axis, int) for name, axis in header["cache_axes"].items()},
+            {name: _batch_axis(entry) for name, entry in header["cache_axes"].items()},
         )
         _check_caches(engine)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: the description of the engine is damaged ({error}).") from None
-    return engine
+    return engine.compile(**compile_options(compile)) if compile else engine
+
+
+def _batch_axis(entry: Any) -> BatchAxis | None:
+    return None if entry is None else BatchAxis(*(_checked(number, int) for number in entry))
 
 
 def _checked(value: Any, kind: type) -> Any:

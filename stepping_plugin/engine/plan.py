@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from ..graph.labels import Role
+from ..graph.operands import VIEWS
 from ..graph.program import Program, call_arg, is_static, op_name, static_value
 
-__all__ = ["Plan", "fold_batch_norms"]
+__all__ = ["BatchAxis", "Plan", "batch_axes", "fold_batch_norms"]
 
 
 class Plan:
@@ -60,6 +62,39 @@ class Plan:
         if node.meta.get("units") is None:
             return level == 1
         return len(self.positions(node, level)) > 0
+
+
+class BatchAxis(NamedTuple):
+    """Where a tensor holds its samples: sample b has the places (o * B + b) * inner + i of one axis, o < outer.
+
+    Views fold the batch into other axes: windows and heads lie behind it (outer is 1), but a model that works on
+    (tokens, batch, channels) may flatten tokens in front of it.
+    """
+
+    axis: int
+    outer: int
+
+
+def batch_axes(program: Program) -> dict[fx.Node, BatchAxis | None]:
+    """The batch axis of every tensor that depends on the images; None where it has none.
+
+    Shapes count the batch as 1, so what lies in front of it is the product of the sizes before its axis, and a view
+    changes nothing about how many numbers that are.
+    """
+    found: dict[fx.Node, BatchAxis | None] = {program.image: BatchAxis(0, 1)}
+    for node in program.operators():
+        axis = node.meta.get("batch_axis")
+        sources = [(n, found[n]) for n in node.all_input_nodes if found.get(n) is not None]
+        if axis is None:
+            found[node] = None
+            continue
+        outer = max((known.outer for _, known in sources if known), default=1)
+        if op_name(node) in VIEWS and sources:
+            source, known = sources[0]
+            assert known is not None
+            outer = known.outer * math.prod(source.meta["shape"][: known.axis]) // math.prod(node.meta["shape"][:axis])
+        found[node] = BatchAxis(axis, max(1, outer))
+    return found
 
 
 def normalised_axes(node: fx.Node) -> list[int]:
