@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
-from nets import ARCHITECTURES, FAMILIES, Plain, images, make, nested, random_levels, relative
+from nets import ARCHITECTURES, FAMILIES, Plain, images, make, nested, random_levels, randomise, relative
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepping_plugin.engine import compile_engine, entropy, margin, max_probability
+from stepping_plugin.engine import compile_engine, entropy, load_engine, margin, max_probability
 from stepping_plugin.engine.bench import equal_levels
 from stepping_plugin.engine.clock import StepClock
 from stepping_plugin.errors import SteppingError
@@ -62,8 +62,18 @@ def test_sessions_equal_the_nested_net(model, seed, batches):
     check_engine(nested(model, seed=seed).eval(), batches)
 
 
-def test_programs_without_side_effects_equal_the_nested_net(model):
-    check_engine(nested(model, seed=1).eval(), batches=(2,), in_place=False)
+def test_programs_equal_the_nested_net_without_side_effects(model):
+    """The programs themselves, which are saved and exported; sessions run what `fuse` makes of them."""
+    net = nested(model, seed=1).eval()
+    x = images(net.analysis.image_size, 2)
+    caches = {"image": x}
+    with torch.no_grad():
+        for program, expected in zip(compile_engine(net).programs, scores_of(net, x), strict=True):
+            given = [caches[name] for name in program.inputs]
+            before = [c.clone() for c in given]
+            caches.update(zip(program.outputs, program.module(*given), strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))
+            assert relative(caches["scores"], expected) < TOLERANCE
 
 
 def test_spare_units_are_never_computed(model):
@@ -90,23 +100,55 @@ def test_all_units_at_level_one_leave_nothing_to_step(model):
     assert engine.macs == [net.macs_model.total] * 4
 
 
-@pytest.mark.parametrize("seed", [1, 2, None])
-def test_executed_macs_are_the_reported_ones(model, seed):
+@pytest.mark.parametrize(("seed", "dtype"), [(1, torch.float64), (2, torch.float32), (None, torch.float32)])
+def test_executed_macs_are_the_reported_ones(model, seed, dtype):
     """Counted on what runs, by two counters; with equal shares of all widths every unit matters."""
-    net = nested(model, seed=seed).eval()
+    net = nested(model, seed=seed).eval().to(dtype)
     if seed is None:
         net.set_levels(equal_levels(net.analysis, 4))
     engine = compile_engine(net)
     if seed is None:
         assert engine.macs == net.macs
     assert all(executed <= counted for executed, counted in zip(engine.macs, net.macs))
-    caches = {"image": images(net.analysis.image_size, 1)}
+    caches = {"image": images(net.analysis.image_size, 1).to(dtype)}
     for program, before, after in zip(engine.programs, [0, *engine.macs], engine.macs):
         inputs = tuple(caches[name].clone() for name in program.inputs)
         assert count_macs(program.module, inputs).total == after - before
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             engine.run_step(program.level, caches)
         assert counter.get_total_flops() == 2 * (after - before)
+
+
+def test_units_that_no_score_depends_on_are_not_computed():
+    """The second layer is at level 1, so nobody reads what the first one adds at level 2."""
+    torch.manual_seed(1)
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 6, 3), torch.nn.Flatten()
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(6 * 12 * 12, 5)).double().eval()
+    net = nested(model, n=2, seed=None, size=(3, 16, 16)).eval()
+    levels = net.levels
+    first = next(g.units for g in net.analysis.groups if g.name == "0")
+    levels[first[5:]] = 2
+    net.set_levels(levels)
+    engine = check_engine(net, batches=(2,))
+    assert engine.macs == [net.macs[0]] * 2
+    assert net.macs[1] - net.macs[0] == 3 * (14 * 14) * (3 * 9)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_float32_sessions_equal_the_nested_net(model, batch):
+    """In float32 other kernels run than in float64, and other ones for large batches than for small ones."""
+    net = nested(model, seed=1).eval().float()
+    x = images(net.analysis.image_size, batch).float()
+    for scores, expected in zip(compile_engine(net).steps(x), scores_of(net, x), strict=True):
+        assert relative(scores, expected) < 1e-4
+
+
+def test_autocast_around_a_session_changes_nothing(small):
+    net, _, x, _ = small
+    engine = compile_engine(copy.deepcopy(net).float())
+    plain = list(engine.steps(x.float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(engine.steps(x.float()), plain, strict=True))
 
 
 def test_a_users_network_steps_too():
@@ -180,6 +222,48 @@ def test_misused_session(small, act):
     assert relative(session.logits, expected[session.subnet - 1]) < TOLERANCE
 
 
+class TokensFirst(torch.nn.Module):
+    """Works on (tokens, batch, channels), and on (tokens * batch, channels): samples are interleaved."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 16, 4, 4)
+        self.norm = torch.nn.LayerNorm(16)
+        self.attention = torch.nn.MultiheadAttention(16, 4)
+        self.hidden, self.head = torch.nn.Linear(16, 12), torch.nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).permute(2, 0, 1)
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        tokens, batch, channels = x.shape
+        x = torch.relu(self.hidden(x.reshape(tokens * batch, channels))).view(tokens, batch, -1)
+        return self.head(x.mean(0))
+
+
+class Windows(torch.nn.Module):
+    """Works on windows folded into the batch: the samples' rows lie behind one another."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.hidden = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Linear(8, 12)
+        self.mix, self.head = torch.nn.Linear(12, 8), torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x).permute(0, 2, 3, 1)
+        x = x.reshape(-1, 4, 4, 4, 4, 8).transpose(2, 3).reshape(-1, 16, 8)
+        x = self.mix(torch.relu(self.hidden(x)))
+        return self.head(x.reshape(-1, 16, 16, 8).mean((1, 2)))
+
+
+@pytest.mark.parametrize("network", [TokensFirst, Windows])
+def test_keep_finds_samples_that_are_folded_into_another_axis(network):
+    torch.manual_seed(0)
+    net = nested(randomise(network()).double().eval(), seed=1, size=(3, 16, 16)).eval()
+    engine = check_engine(net)
+    assert any(place and (place.outer > 1) == (network is TokensFirst) for place in engine.cache_axes.values())
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 160, 160), (2, 3, 161, 160), (3, 160, 160), (0, 3, 160, 160)])
 def test_wrong_images(small, shape):
     with pytest.raises(SteppingError, match="expected"):
@@ -202,6 +286,16 @@ def test_a_sample_of_nans_stays_alone(small):
         assert relative(scores[others], exact[others]) < TOLERANCE and scores[2].isnan().all()
     result = engine.predict(x, until={"max_prob": 0.0})
     assert result.subnet.tolist() == [1, 1, 4, 1, 1, 1, 1, 1]
+
+
+def test_a_sample_of_nans_has_no_scores_in_float32(small):
+    """Kernels that turn NaN into a number would make up an answer."""
+    for model in (small[0].model, make("test_efficientnet"), make("test_vit")):
+        net = nested(model, seed=3).eval().float() if model is not small[0].model else copy.deepcopy(small[0]).float()
+        x = images(net.analysis.image_size, 8).float()
+        x[2] = float("nan")
+        for scores in compile_engine(net).steps(x):
+            assert scores[2].isnan().all() and not scores[torch.arange(8) != 2].isnan().any()
 
 
 def test_engine_of_a_changed_net():
@@ -318,6 +412,25 @@ def test_clock_estimates():
     assert clock.estimate(2, 2, last=1) == pytest.approx(15.0)
 
 
+# ------------------------------------------------------------------------------------------------- compiling
+
+
+@pytest.mark.parametrize(
+    "options", [{"backend": "aot_eager"}, pytest.param(True, marks=pytest.mark.slow)], ids=["traced", "inductor"]
+)
+def test_compiled_engines(options, tmp_path):
+    net = nested(make("lenet5").float(), n=2, seed=1).eval()
+    engine = net.deploy(compile=options)
+    engine.save(tmp_path / "engine")
+    for compiled in (engine, load_engine(tmp_path / "engine", compile=options)):
+        for batch in (1, 3, 2):
+            x = images(net.analysis.image_size, batch).float()
+            for scores, expected in zip(compiled.steps(x), scores_of(net, x), strict=True):
+                assert relative(scores, expected) < 1e-4
+    with pytest.raises(SteppingError, match="keyword arguments"):
+        net.deploy(compile="fast")
+
+
 # ------------------------------------------------------------------------------ acceptance list
 
 
@@ -328,4 +441,4 @@ def test_architectures(name):
     for seed in (1, 2):
         net = nested(model, seed=seed).eval()
         check_engine(net)
-        test_executed_macs_are_the_reported_ones(model, seed)
+        test_executed_macs_are_the_reported_ones(model, seed, torch.float32)

@@ -17,23 +17,13 @@ from ..graph.program import call_arg, is_static, op_name
 from ..graph.rules import reduced_axes
 from ..macs import dense_macs
 from . import kernels
-from .plan import Plan, is_pointwise, norm_options, normalised_axes, spread
+from .plan import Plan, norm_options, normalised_axes, spread
 from .step import IMAGE, SCORES, StepGraph
 
 __all__ = ["IMAGE", "SCORES", "StepProgram", "emit_steps"]
 
 aten = torch.ops.aten
 PRODUCTS = {"matmul", "bmm", "scaled_dot_product_attention"}
-_IDENTITIES = {
-    "alias",
-    "detach",
-    "clone",
-    "contiguous",
-    "lift_fresh_copy",
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
-}
 
 
 @dataclass
@@ -57,18 +47,13 @@ class StepProgram:
     released: tuple[str, ...] = ()
 
 
-def emit_steps(plan: Plan, in_place: bool = True) -> tuple[list[StepProgram], dict[str, fx.Node]]:
-    """All step programs, and the node behind every cache.
-
-    Args:
-        in_place: keep prefixes in buffers of full width that every step extends in place; otherwise every
-            step makes new ones (programs without side effects, for export).
-    """
+def emit_steps(plan: Plan) -> tuple[list[StepProgram], dict[str, fx.Node]]:
+    """All step programs, and the node behind every cache."""
     programs: list[StepProgram] = []
     wanted: dict[str, int] = {}  # cache name -> last level that reads it
     sources: dict[str, fx.Node] = {}
     for level in range(plan.num_subnets, 0, -1):
-        step = _Step(plan, level, wanted, in_place)
+        step = _Step(plan, level, wanted)
         program = step.run()
         sources.update(step.sources)
         for name in program.outputs:
@@ -96,7 +81,7 @@ class _Step(StepGraph):
         scores = self.value(self.plan.program.output)
         outputs = {SCORES: scores, **{k: v for k, v in self.made.items() if k in self.wanted and k != SCORES}}
         self.graph.output(tuple(outputs.values()))
-        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n in self.written)
+        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
         used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
         for name in [n for n, _ in self.root.named_buffers() if n not in used]:
             delattr(self.root, name)
@@ -144,8 +129,6 @@ class _Step(StepGraph):
             return self._prefix_norm(node)
         if role == Role.TAPS and node.meta["units"] is not None:
             return self._taps(node)
-        if op_name(node) in _IDENTITIES:
-            return self.value(source)  # type: ignore[arg-type]
         if node.meta.get("units") is not None and self.level > 1 and op_name(node) in ("pad", "constant_pad_nd"):
             return self._pad_beside_units(node)
         return self._general(node)
@@ -154,18 +137,7 @@ class _Step(StepGraph):
         args, kwargs = self.arguments(node)
         if node in self.values:
             return self.values[node]
-        if op_name(node) == "linear" and len(node.meta["shape"]) > 2:
-            return self.call(kernels.linear, *args)
-        if self.plan.channels_last and is_pointwise(node) and (weight := self._matrix(args[1])) is not None:
-            return self.call(kernels.pointwise, args[0], weight, args[2] if len(args) > 2 else None)
         return self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-
-    def _matrix(self, weight: fx.Node) -> fx.Node | None:
-        """A 1x1 kernel (O, C, 1, 1) of the program as a matrix (O, C)."""
-        if weight.op != "get_attr":
-            return None
-        value = self.root.get_buffer(weight.target)  # type: ignore[arg-type]
-        return self.tensor(value.flatten(1), (weight, "matrix"))
 
     def _picked(self, node: fx.Node) -> tuple[tuple, dict]:
         """Slices, indices and rolls along the unit axis are replaced by the picked tensor."""
@@ -226,7 +198,7 @@ class _Step(StepGraph):
         own, axes = self.positions(node), normalised_axes(node)
         weight, bias, eps, centred = norm_options(node)
         affine = [self._channel_shaped(p, node, own) for p in (weight, bias)]
-        value, names = self.value(source), (f"{node.name}.mean", f"{node.name}.squares")
+        value, names = self.value(source), (f"{node.name}.mean", f"{node.name}.scale")
         if self.level == 1:
             several = self.call(kernels.first_norm, value, axes, *affine, eps, centred)
         else:

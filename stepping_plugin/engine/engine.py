@@ -6,20 +6,21 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..errors import SteppingError, explain
 from ..graph.program import named_tensors
 from .clock import StepClock
 from .emit import SCORES, StepProgram, emit_steps
 from .exit import ExitRule, as_rule, stop_now
-from .plan import Plan
+from .fuse import fuse
+from .plan import BatchAxis, Plan, batch_axes
 from .session import Session
 
 if TYPE_CHECKING:
@@ -60,12 +61,12 @@ class Engine:
 
     Attributes:
         programs: step programs 1..N.
-        macs: MACs executed per sample up to subnets 1..N. They equal the net's MACs, less those of units that
-            no
-            class score of any subnet depends on: such units are not computed.
+        macs: MACs executed per sample up to subnets 1..N. They are the net's MACs (`SteppingNet.macs`, which counts
+            every unit and is what budgets bound), less those of units that no class score of any subnet depends on:
+            the engine does not compute such units, and reports what it executes.
         image_size: (C, H, W).
         dtype, device: of images and scores.
-        cache_axes: batch axis per cache name, None where a cache does not depend on the batch.
+        cache_axes: where the samples are, per cache name; None where a cache does not depend on the batch.
     """
 
     programs: list[StepProgram]
@@ -73,7 +74,7 @@ class Engine:
     image_size: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    cache_axes: dict[str, int | None]
+    cache_axes: dict[str, BatchAxis | None]
     changed: Callable[[], str | None] = lambda: None
     clock: StepClock = field(init=False)
     _runners: list[Callable[..., tuple[Tensor, ...]]] = field(init=False, repr=False)
@@ -81,12 +82,24 @@ class Engine:
     def __post_init__(self) -> None:
         increments = [b - a for a, b in zip([0, *self.macs], self.macs)]
         self.clock = StepClock(increments)
-        self._runners = [bind(program.module) for program in self.programs]
+        self._runners = [fuse(program, self.dtype, self.device) for program in self.programs]
 
     @property
     def num_subnets(self) -> int:
         """N."""
         return len(self.programs)
+
+    def compile(self, **options: Any) -> Engine:
+        """Run the step programs through `torch.compile` from now on.
+
+        Every step is compiled when it first runs, which takes seconds to minutes, once more when a second batch
+        size arrives, and then holds for all batch sizes.
+
+        Args:
+            options: keyword arguments of `torch.compile`.
+        """
+        self._runners = [torch.compile(program.module, **options) for program in self.programs]
+        return self
 
     # ------------------------------------------------------------------------------------------ running
 
@@ -109,9 +122,10 @@ class Engine:
     def run_step(self, level: int, caches: dict[str, Tensor]) -> Tensor:
         """Run step program `level` on a session's caches, bring them up to date and return the class
         scores."""
-        program = self.programs[level - 1]
+        program, kind = self.programs[level - 1], self.device.type
+        own_type = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         began = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), own_type:
             results = self._runners[level - 1](*[caches[name] for name in program.inputs])
         caches.update(zip(program.outputs, results, strict=True))
         for name in program.released:
@@ -223,40 +237,33 @@ def _checked_deadline(deadline: float | None) -> float:
     return float(deadline)
 
 
-def bind(module: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """A step program as a bare function: attribute look-ups on a plain object cost much less than on a
-    module."""
-    if not isinstance(module, fx.GraphModule):
-        return module
-    holder = SimpleNamespace(**dict(module.named_buffers()))
-    function = type(module).forward
-    return lambda *caches: function(holder, *caches)
-
-
 # ------------------------------------------------------------------------------------------------- compiling
 
 
-def compile_engine(net: SteppingNet, *, compile: bool | Mapping[str, Any] = False, in_place: bool = True) -> Engine:
+def compile_engine(net: SteppingNet, *, compile: bool | Mapping[str, Any] = False) -> Engine:
     """Compile the step programs of a net.
 
     Args:
         net: its parameters are copied, sliced by level.
         compile: run the step programs through `torch.compile`; a mapping holds its options.
-        in_place: let every step extend the caches of its session in place; programs without side effects
-            otherwise.
     """
     with torch.no_grad():
         plan = Plan(net.analysis.eval_program, net.levels, net.num_subnets, _lookup(net))
-        programs, sources = emit_steps(plan, in_place)
+        programs, sources = emit_steps(plan)
     dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
     macs = [sum(p.macs for p in programs[: k + 1]) for k in range(len(programs))]
-    axes = {name: node.meta.get("batch_axis", 0) for name, node in sources.items()}
+    found = batch_axes(plan.program)
+    axes = {name: found[node] for name, node in sources.items()}
     engine = Engine(programs, macs, tuple(net.analysis.image_size), dtype, plan.device, axes, _watch(net))
-    if compile:
-        options = dict(compile) if isinstance(compile, Mapping) else {}
-        compiled = [torch.compile(program.module, **{"dynamic": True, **options}) for program in programs]
-        engine._runners = compiled
-    return engine
+    return engine.compile(**compile_options(compile)) if compile else engine
+
+
+def compile_options(compile: Any) -> dict[str, Any]:
+    """Keyword arguments of `torch.compile`, from the `compile` argument of `deploy` and `load_engine`."""
+    if not isinstance(compile, (bool, Mapping)):
+        expected = "True, False or keyword arguments of torch.compile"
+        raise SteppingError(explain("bad option", where="compile", got=compile, expected=expected))
+    return dict(compile) if isinstance(compile, Mapping) else {}
 
 
 def _lookup(net: SteppingNet) -> Callable[[str], Tensor]:
@@ -274,22 +281,24 @@ def _lookup(net: SteppingNet) -> Callable[[str], Tensor]:
 
 
 def _watch(net: SteppingNet) -> Callable[[], str | None]:
-    """Says whether levels or weights differ from what they were, without keeping the net alive."""
-    reference = weakref.ref(net)
-    levels, weights = _state(net)
+    """Says whether levels or weights differ from what they were, without keeping the net alive.
+
+    Asked at the start of every session, so it must be quick: tensors are looked up once.
+    """
+    reference, levels = weakref.ref(net), net.unit_levels.clone()
+    tensors = [*net.model.parameters(), *net.model.buffers()]
+    seen = [(weakref.ref(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
 
     def changed() -> str | None:
         current = reference()
         if current is None:
             return None
-        now_levels, now_weights = _state(current)
-        if now_levels != levels:
+        if current.unit_levels.device != levels.device or not torch.equal(current.unit_levels, levels):
             return "its levels differ"
-        return "its weights differ" if now_weights != weights else None
+        for held, place, version in seen:
+            tensor = held()
+            if tensor is None or tensor.data_ptr() != place or (version is not None and tensor._version != version):
+                return "its weights differ"
+        return None
 
     return changed
-
-
-def _state(net: SteppingNet) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
-    tensors = [*net.model.parameters(), *net.model.buffers()]
-    return net.levels.tolist(), [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

@@ -1,33 +1,30 @@
 """Step programs as files of other runtimes: `torch.export` programs or ONNX, caches as named inputs and outputs.
 
-Exported programs have no side effects and use plain ATen operators: prefix buffers become concatenations, the
-kernels of `engine.kernels` their compositions. `manifest.json` beside the files says what goes where.
+Step programs have no side effects and consist of ATen operators, so that they are exported as they are; what
+`engine.fuse` makes of them for running is not. `manifest.json` beside the files says what goes where.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from ..errors import SteppingError, explain, nearest
-from . import kernels
 from .emit import IMAGE, StepProgram
+from .plan import BatchAxis
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-__all__ = ["export_engine", "plain_programs"]
+__all__ = ["export_engine"]
 
-aten = torch.ops.aten
 SUFFIXES = {"torch": "pt2", "onnx": "onnx"}
 PACKAGES = ("onnx", "onnxscript")
 NEW = ".new"  # ends the name of an ONNX output: inputs and outputs may not share names
@@ -66,7 +63,7 @@ def export_engine(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
-    programs, notes = plain_programs(engine), []
+    programs, notes = engine.programs, []
     exported, examples = _exported(engine, programs, batch_size or _TRACED_BATCH, dynamic=batch_size is None)
     if exported is None:
         notes.append("The batch size is fixed at 1: torch.export could not keep it open for this model.")
@@ -126,13 +123,16 @@ def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
 class _Describer:
     """Entries of the manifest: one cache with its shape, in which the batch is a word or a number."""
 
-    def __init__(self, axes: Mapping[str, int | None], caches: Mapping[str, Tensor], batch_size: int | None) -> None:
+    def __init__(
+        self, axes: Mapping[str, BatchAxis | None], caches: Mapping[str, Tensor], batch_size: int | None
+    ) -> None:
         self.axes, self.caches, self.batch_size = axes, caches, batch_size
 
     def __call__(self, cache: str, name: str | None) -> dict[str, Any]:
-        tensor, axis = self.caches[cache], self.axes.get(cache, 0)
+        tensor, place = self.caches[cache], self.axes[cache]
         shape: list[int | str] = list(tensor.shape)
-        if axis is not None and self.batch_size is None:
+        if place is not None and self.batch_size is None:
+            axis = place.axis
             each = tensor.shape[axis] // _TRACED_BATCH
             shape[axis] = "batch" if each == 1 else f"{each}*batch"
         entry = {"cache": cache, "shape": shape, "dtype": str(tensor.dtype).removeprefix("torch.")}
@@ -152,9 +152,7 @@ def _exported(
     batch = torch.export.Dim("batch", min=1) if dynamic else None
     for program in programs:
         given = tuple(caches[name] for name in program.inputs)
-        shapes = tuple(
-            _open_axes(c, engine.cache_axes.get(n, 0), batch, batch_size) for n, c in zip(program.inputs, given)
-        )
+        shapes = tuple(_open_axes(c, engine.cache_axes[n], batch, batch_size) for n, c in zip(program.inputs, given))
         try:
             with torch.no_grad():
                 exported.append(torch.export.export(program.module, given, dynamic_shapes=shapes, strict=False))
@@ -169,12 +167,12 @@ def _exported(
     return exported, examples
 
 
-def _open_axes(cache: Tensor, axis: int | None, batch: Any, batch_size: int) -> dict[int, Any] | None:
+def _open_axes(cache: Tensor, place: BatchAxis | None, batch: Any, batch_size: int) -> dict[int, Any] | None:
     """Which axis of an input follows the batch; some hold several rows per image."""
-    if batch is None or axis is None:
+    if batch is None or place is None:
         return None
-    each = cache.shape[axis] // batch_size
-    return {axis: batch if each == 1 else each * batch}
+    each = cache.shape[place.axis] // batch_size
+    return {place.axis: batch if each == 1 else each * batch}
 
 
 def _first_line(error: Exception) -> str:
@@ -200,141 +198,3 @@ def _write_onnx(captured: torch.export.ExportedProgram, program: StepProgram, pa
     except Exception as error:  # the exporter has no common class of errors
         reason = _first_line(error)
         raise SteppingError(f"export: step {program.level} has no ONNX form: {reason}. Use format='torch'.") from error
-
-
-# ------------------------------------------------------------------------------------------------- plain programs
-
-
-def plain_programs(engine: Engine) -> list[StepProgram]:
-    """The step programs of an engine without side effects, of ATen operators only.
-
-    Caches hold exactly the positions of the levels that have run, in the contiguous layout.
-    """
-    read_later: set[str] = set()
-    plain = []
-    for program in reversed(engine.programs):
-        plain.append(_Plain(program, read_later).run())
-        read_later |= set(program.inputs)
-    return plain[::-1]
-
-
-class _Plain:
-    """Rewrites one step program.
-
-    Args:
-        program: as it is run by the engine.
-        read_later: caches that later steps read; those that this step extends in place become outputs.
-    """
-
-    def __init__(self, program: StepProgram, read_later: set[str]) -> None:
-        self.program, self.read_later = program, read_later
-        self.graph, self.root = fx.Graph(), nn.Module()
-        self.mapped: dict[fx.Node, Any] = {}
-        self.cache_names: dict[fx.Node, str] = {}
-        self.extended: dict[str, fx.Node] = {}
-
-    def run(self) -> StepProgram:
-        names = iter(self.program.inputs)
-        for node in self.program.module.graph.nodes:
-            if node.op == "placeholder":
-                self.cache_names[node] = next(names)
-                self.mapped[node] = self.graph.placeholder(node.target)
-            elif node.op == "get_attr":
-                self.mapped[node] = self._constant(node.target, self.program.module.get_buffer(node.target))
-            elif node.op == "call_function":
-                self.mapped[node] = self._call(node)
-        outputs = dict(zip(self.program.outputs, self._args(self.program.module.graph.output_node().args[0])))
-        outputs.update({name: node for name, node in self.extended.items() if name in self.read_later})
-        self.graph.output(tuple(outputs.values()))
-        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
-        module = fx.GraphModule(self.root, self.graph)
-        return replace(self.program, module=module, outputs=tuple(outputs))
-
-    def _constant(self, name: str, value: Tensor) -> fx.Node:
-        self.root.register_buffer(name, value.detach().contiguous())
-        return self.graph.get_attr(name)
-
-    def _args(self, value: Any) -> Any:
-        return fx.node.map_arg(value, lambda n: self.mapped[n])
-
-    def _call(self, node: fx.Node) -> fx.Node:
-        args, kwargs = self._args(node.args), self._args(dict(node.kwargs))
-        name = next((name for name, kernel in kernels.KERNELS.items() if kernel is node.target), None)
-        if name is None:
-            return self.graph.call_function(node.target, args, kwargs)
-        if name in ("channels_last", "begin_prefix"):
-            return args[0]
-        if name == "extend_prefix":
-            buffer, part, axis, _ = args
-            result = self.graph.call_function(aten.cat.default, ([buffer, part], axis))
-            self.extended[self.cache_names[node.args[0]]] = result
-            return result
-        if name == "pointwise":
-            return self._convolution(node.args[1], *args)
-        target = aten.linear.default if name == "linear" else _COMPOSITIONS[name]
-        return self.graph.call_function(target, args, kwargs)
-
-    def _convolution(self, matrix: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-        """A product of channels as the 1x1 convolution that it is."""
-        if matrix.op == "get_attr":
-            kernel = self._constant(f"{matrix.target}_kernel", self.root.get_buffer(matrix.target)[:, :, None, None])
-        else:
-            kernel = self.graph.call_function(aten.unsqueeze.default, (weight, 2))
-            kernel = self.graph.call_function(aten.unsqueeze.default, (kernel, 3))
-        return self.graph.call_function(aten.conv2d.default, (x, kernel, bias))
-
-
-def _moments(x: Tensor, axes: list[int], keepdim: bool = True) -> tuple[Tensor, Tensor]:
-    """`kernels.moments` from operators that every runtime has."""
-    wide = _wide(x)
-    mean = wide.mean(axes, keepdim=True)
-    squares = (wide - mean).square().sum(axes, keepdim=keepdim)
-    return mean if keepdim else mean.squeeze(axes), squares
-
-
-def _first_norm(
-    x: Tensor, axes: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    mean, squares = _moments(x, axes) if centred else _squares(x, axes)
-    count = math.prod(x.shape[a] for a in axes)
-    return _normalised(x, mean, squares, count, weight, bias, eps, centred), mean, squares
-
-
-def _next_norm(
-    x: Tensor, mean: Tensor, squares: Tensor, count: int, axes: list[int], weight: Tensor | None,
-    bias: Tensor | None, eps: float, centred: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    added = math.prod(x.shape[a] for a in axes)
-    if centred:
-        mean, squares = kernels.merge_moments(mean, squares, count, *_moments(x, axes), added)
-    else:
-        squares = squares + _squares(x, axes)[1]
-    return _normalised(x, mean, squares, count + added, weight, bias, eps, centred), mean, squares
-
-
-def _squares(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
-    squares = _wide(x).square().sum(axes, keepdim=True)
-    return squares, squares
-
-
-def _normalised(
-    x: Tensor, mean: Tensor, squares: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-    centred: bool,
-) -> Tensor:  # fmt: skip
-    wide = _wide(x)
-    result = (wide - mean if centred else wide) * torch.rsqrt(squares / count + eps)
-    if weight is not None:
-        result = result * weight
-    return (result if bias is None else result + bias).to(x.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-_COMPOSITIONS: dict[str, Callable[..., Any]] = {
-    "first_norm": _first_norm,
-    "merge_moments": kernels.merge_moments,
-    "moments": _moments,
-    "next_norm": _next_norm,
-}

@@ -24,8 +24,9 @@ from ..errors import CheckpointError, SteppingError, explain
 from ..graph.rules import RULES
 from ..tensorfile import ENGINE, read_file
 from .emit import IMAGE, SCORES, StepProgram
-from .engine import Engine
+from .engine import Engine, compile_options
 from .kernels import KERNELS
+from .plan import BatchAxis
 
 __all__ = ["load_engine", "save_engine"]
 
@@ -46,7 +47,7 @@ _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channe
 
 
 def find_operator(name: str) -> Callable[..., Any] | None:
-    """The operator of an allowed name such as `aten.conv2d`, `aten.add.Tensor`, `kernels.linear` or `mul`."""
+    """The operator of an allowed name such as `aten.conv2d`, `aten.add.Tensor`, `kernels.extend` or `mul`."""
     space, _, rest = name.partition(".")
     if space == "kernels":
         return KERNELS.get(rest)
@@ -116,7 +117,6 @@ def _describe(program: StepProgram, tensors: dict[str, Tensor]) -> dict[str, Any
     """A step program as JSON; its constants are added to `tensors` as `step<level>.t<k>`."""
     numbers: dict[fx.Node, int] = {}
     nodes: list[dict[str, Any]] = []
-    layouts: dict[str, str] = {}
     names: dict[str, str] = {}
     for node in program.module.graph.nodes:
         numbers[node] = len(numbers)
@@ -131,10 +131,7 @@ def _describe(program: StepProgram, tensors: dict[str, Tensor]) -> dict[str, Any
             entry["kwargs"] = {k: encode(v, numbers) for k, v in node.kwargs.items()}
         nodes.append(entry)
     for own, name in names.items():
-        constant = program.module.get_buffer(own).detach()
-        if _is_channels_last(constant):
-            layouts[name] = "channels_last"
-        tensors[f"step{program.level}.{name}"] = constant.cpu().contiguous()
+        tensors[f"step{program.level}.{name}"] = program.module.get_buffer(own).detach().cpu().contiguous()
     return {
         "level": program.level,
         "inputs": list(program.inputs),
@@ -142,14 +139,7 @@ def _describe(program: StepProgram, tensors: dict[str, Tensor]) -> dict[str, Any
         "released": list(program.released),
         "macs": program.macs,
         "nodes": nodes,
-        "layouts": layouts,
     }
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    if tensor.dim() != 4:
-        return False
-    return tensor.stride() == torch.empty(tensor.shape, device="meta", memory_format=torch.channels_last).stride()
 
 
 def _plain_name(value: Any) -> str:
@@ -180,12 +170,18 @@ def encode(value: Any, numbers: Mapping[fx.Node, int]) -> Any:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def load_engine(path: str | os.PathLike[str], *, device: str | torch.device | None = None) -> Engine:
+def load_engine(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    compile: bool | Mapping[str, Any] = False,
+) -> Engine:
     """Read an engine that `Engine.save` wrote. Needs neither the net nor the library its model came from.
 
     Args:
         path: the file.
         device: where to put the engine; the CPU if left out.
+        compile: run the step programs through `torch.compile`; a mapping holds its options.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign, of another version, or calls unknown operators.
@@ -200,14 +196,18 @@ def load_engine(path: str | os.PathLike[str], *, device: str | torch.device | No
             tuple(_checked(s, int) for s in header["image_size"]),
             _dtype(header["dtype"]),
             device,
-            {name: axis if axis is None else _checked(axis, int) for name, axis in header["cache_axes"].items()},
+            {name: _batch_axis(entry) for name, entry in header["cache_axes"].items()},
         )
         _check_caches(engine)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: the description of the engine is damaged ({error}).") from None
-    return engine
+    return engine.compile(**compile_options(compile)) if compile else engine
+
+
+def _batch_axis(entry: Any) -> BatchAxis | None:
+    return None if entry is None else BatchAxis(*(_checked(number, int) for number in entry))
 
 
 def _checked(value: Any, kind: type) -> Any:
@@ -293,8 +293,7 @@ class _Reader:
             raise ValueError(f"{name!r} is no constant of step {self.level}")
         if name not in dict(self.root.named_buffers()):
             value = self.tensors[f"step{self.level}.{name}"].to(self.device)
-            layout = _FORMATS[self.entry["layouts"].get(name, "contiguous")]
-            self.root.register_buffer(name, value.clone(memory_format=layout))
+            self.root.register_buffer(name, value.clone())  # aligned: matrix products round by alignment
         return self.graph.get_attr(name)
 
     def _decode(self, value: Any) -> Any:

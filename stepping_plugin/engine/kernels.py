@@ -1,8 +1,7 @@
-"""The few functions, besides ATen operators, that step programs call. Plain tensors in and out.
+"""The few functions, besides ATen operators, that step programs call: prefixes and norms that grow by level.
 
-A *prefix* is what a tensor holds up to the current level, ordered by level along its unit axis. A prefix
-buffer has the width of all levels that will ever be read; every step writes its own part in place and reads a
-narrow view.
+Plain tensors in and out, made of ATen operators, so that they can be traced, exported and compiled. Statistics are
+taken in two passes (mean, then deviations), which many short rows make faster than the fused operators.
 """
 
 from __future__ import annotations
@@ -12,73 +11,22 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "KERNELS", "begin_prefix", "channels_last", "extend_prefix", "first_norm", "linear", "merge_moments",
-    "moments", "next_norm", "pointwise",
-]  # fmt: skip
+__all__ = ["KERNELS", "extend", "first_norm", "merge_moments", "moments", "next_norm"]
+
+_SHORT = 32  # rows below this length: the fused layer norm costs more than its parts
 
 
-def channels_last(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) laid out as (B, H, W, C): convolutions run faster, pointwise ones are matrix
-    products."""
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether a tensor (B, C, H, W), or a range of its channels, is laid out as (B, H, W, C)."""
-    return x.dim() == 4 and x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
-
-
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolution with a 1x1 kernel. Reads a range of channels without copying it if the layout is channels
-    last.
-
-    Args:
-        x: (B, C, H, W).
-        weight: (O, C).
-    """
-    if not is_channels_last(x):
-        return torch.nn.functional.conv2d(x, weight[:, :, None, None], bias)
-    batch, channels, height, width = x.shape
-    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    return torch.nn.functional.linear(rows, weight, bias).view(batch, height, width, -1).permute(0, 3, 1, 2)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear layer on the last axis, as one matrix product even where x is a range of a wider tensor."""
-    return torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
-
-
-def begin_prefix(first: Tensor, axis: int, width: int) -> Tensor:
-    """A prefix buffer with room for `width` positions along `axis`, filled with those of level 1."""
-    shape = list(first.shape)
-    shape[axis] = width
-    layout = torch.channels_last if axis == 1 and is_channels_last(first) else torch.contiguous_format
-    buffer = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
-    buffer.narrow(axis, 0, first.shape[axis]).copy_(first)
-    return buffer
-
-
-def extend_prefix(buffer: Tensor, part: Tensor, axis: int, start: int) -> Tensor:
-    """Write the positions of one level behind those of lower levels; returns the view of all that is there
-    now."""
-    count = part.shape[axis]
-    buffer.narrow(axis, start, count).copy_(part)
-    return buffer.narrow(axis, 0, start + count)
+def extend(prefix: Tensor, part: Tensor, axis: int) -> Tensor:
+    """What a tensor holds up to one level: the positions of lower levels, and behind them those of this level."""
+    return torch.cat([prefix, part], axis)
 
 
 def moments(x: Tensor, axes: list[int], keepdim: bool = True) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations over `axes`, in float32 at least."""
     x = _wide(x)
-    count = math.prod(x.shape[a] for a in axes)
-    if len(axes) == 1 and axes[0] == x.dim() - 1 and keepdim:  # much faster than var_mean on the CPU
-        _, mean, scale = torch.native_layer_norm(x, [count], None, None, _TINY[x.dtype])
-        return mean, (scale.pow(-2) - _TINY[x.dtype]) * count
-    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=keepdim)
-    return mean, variance * count
-
-
-_TINY = {torch.float32: 1e-12, torch.float64: 1e-30}
+    mean = x.mean(axes, keepdim=True)
+    squares = _squares(x - mean, axes, keepdim)
+    return mean if keepdim else mean.squeeze(axes), squares
 
 
 def merge_moments(
@@ -87,36 +35,36 @@ def merge_moments(
     """Mean and sum of squared deviations of two groups of numbers together (Chan, Golub, LeVeque 1983)."""
     total = count + new_count
     gap = new_mean - mean
-    merged = torch.add(squares + new_squares, gap.square(), alpha=count * new_count / total)
+    merged = (squares + new_squares).addcmul_(gap, gap, value=count * new_count / total)
     return torch.add(mean, gap, alpha=new_count / total), merged
 
 
 def first_norm(
     x: Tensor, axes: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prefix norm at level 1: normalised slice, mean and sum of squared deviations (of squares for an RMS
-    norm).
+    """Prefix norm at level 1: normalised slice, mean and scale 1 / sqrt(variance + eps).
 
     Args:
         x: channels of level 1, any shape.
         axes: non-negative normalised axes.
         weight, bias: None or broadcastable to x.
         eps: added to the variance.
-        centred: False for RMS norm.
+        centred: False for RMS norm, whose mean is 0 (returned as the scale, which has the shape).
     """
-    if centred and axes == [x.dim() - 1] and x.dtype in _TINY:
-        count = x.shape[-1]
-        result, mean, scale = torch.native_layer_norm(x, [count], weight, bias, eps)
-        return result, mean, (scale.pow(-2) - eps) * count
+    count = math.prod(x.shape[a] for a in axes)
+    if centred and axes == [x.dim() - 1] and count >= _SHORT and x.dtype in (torch.float32, torch.float64):
+        return torch.native_layer_norm(x, [count], weight, bias, eps)
     wide = _wide(x)
-    mean, squares = moments(wide, axes) if centred else _squares(wide, axes)
-    return _normalise(x, mean, squares, axes, x.shape, weight, bias, eps, centred), mean, squares
+    mean = wide.mean(axes, keepdim=True) if centred else None
+    deviations = wide.clone() if mean is None else wide - mean
+    scale = _squares(deviations, axes, True).mul_(1 / count).add_(eps).rsqrt_()
+    return _scaled(deviations, scale, weight, bias).to(x.dtype), scale if mean is None else mean, scale
 
 
 def next_norm(
     x: Tensor,
     mean: Tensor,
-    squares: Tensor,
+    scale: Tensor,
     count: int,
     axes: list[int],
     weight: Tensor | None,
@@ -126,61 +74,38 @@ def next_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prefix norm at a higher level: the statistics of lower levels (over `count` numbers) are extended.
 
-    See `first_norm` for arguments and results.
+    The variance of both groups together is the mean of theirs and of the gap between their means (Chan, Golub,
+    LeVeque 1983); eps stays inside, which costs no precision where it matters. See `first_norm` for arguments and
+    results.
     """
-    added = math.prod(x.shape[a] for a in axes)
-    if centred:
-        mean, squares = merge_moments(mean, squares, count, *moments(x, axes), added)
-    else:
-        squares = squares + _squares(_wide(x), axes)[1]
-    return _apply(x, mean, squares, count + added, weight, bias, eps, centred), mean, squares
+    wide, added = _wide(x), math.prod(x.shape[a] for a in axes)
+    total = count + added
+    own = wide.mean(axes, keepdim=True) if centred else None
+    deviations = wide.clone() if own is None else wide - own
+    spread = _squares(deviations, axes, True).add_(added * eps)
+    if own is not None:
+        gap = own - mean
+        spread.addcmul_(gap, gap, value=count * added / total)
+        deviations.add_(gap, alpha=count / total)
+        mean = torch.add(mean, gap, alpha=added / total)
+    scale = spread.add_(scale.pow(-2), alpha=count).mul_(1 / total).rsqrt_()
+    return _scaled(deviations, scale, weight, bias).to(x.dtype), mean if centred else scale, scale
 
 
-def _normalise(
-    x: Tensor, mean: Tensor, squares: Tensor, axes: list[int], shape: torch.Size, weight: Tensor | None,
-    bias: Tensor | None, eps: float, centred: bool,
-) -> Tensor:  # fmt: skip
-    return _apply(x, mean, squares, math.prod(shape[a] for a in axes), weight, bias, eps, centred)
+def _scaled(deviations: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Works in place: a new tensor costs more than the arithmetic."""
+    result = deviations.mul_(scale)
+    if weight is None:
+        return result if bias is None else result.add_(bias)
+    return result.mul_(weight) if bias is None else torch.addcmul(bias, result, weight, out=result)
 
 
-def _apply(
-    x: Tensor,
-    mean: Tensor,
-    squares: Tensor,
-    count: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centred: bool,
-) -> Tensor:
-    scale = torch.rsqrt(torch.add(squares / count, eps))
-    wide = _wide(x)
-    result = torch.addcmul(-mean * scale, wide, scale) if centred else wide * scale
-    if weight is not None:
-        result = result * weight if bias is None else torch.addcmul(bias, result, weight)
-    return result.to(x.dtype)
-
-
-def _squares(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
-    squares = x.square().sum(axes, keepdim=True)
-    return squares, squares
+def _squares(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
+    return torch.linalg.vector_norm(x, 2, axes, keepdim=keepdim).square_()
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-KERNELS = {
-    f.__name__: f
-    for f in (
-        begin_prefix,
-        channels_last,
-        extend_prefix,
-        first_norm,
-        linear,
-        merge_moments,
-        moments,
-        next_norm,
-        pointwise,
-    )
-}
+KERNELS = {f.__name__: f for f in (extend, first_norm, merge_moments, moments, next_norm)}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import SteppingError, explain
 from .emit import IMAGE
+from .plan import BatchAxis
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -129,10 +130,15 @@ class Session:
         return mask.to(self._history[-1].device)
 
 
-def _rows(cache: Tensor, axis: int | None, size: int, kept: Tensor) -> Tensor:
-    """The kept samples of a cache whose batch axis holds the same number of rows for every sample."""
-    if axis is None:
+def _rows(cache: Tensor, place: BatchAxis | None, size: int, kept: Tensor) -> Tensor:
+    """The kept samples of a cache."""
+    if place is None:
         return cache
-    each = cache.shape[axis] // size
-    rows = kept if each == 1 else (kept[:, None] * each + torch.arange(each, device=kept.device)).flatten()
-    return cache.index_select(axis, rows)
+    axis = place.axis
+    if cache.shape[axis] != size:
+        parts = cache.unflatten(axis, (place.outer, size, -1))
+        return parts.index_select(axis + 1, kept).flatten(axis, axis + 2)
+    if cache.dim() == 4 and not cache.is_contiguous():  # laid out as (B, H, W, C), which should stay so
+        order, back = (0, 2, 3, 1), (0, 3, 1, 2)
+        return cache.permute(order).index_select(order.index(axis), kept).permute(back)
+    return cache.index_select(axis, kept)

@@ -25,17 +25,15 @@ class StepGraph(Operands):
         plan: what all steps share.
         level: s.
         wanted: caches that later steps read -> the last level that does.
-        in_place: see `emit_steps`.
     """
 
-    def __init__(self, plan: Plan, level: int, wanted: dict[str, int], in_place: bool) -> None:
-        self.plan, self.level, self.wanted, self.in_place = plan, level, wanted, in_place
+    def __init__(self, plan: Plan, level: int, wanted: dict[str, int]) -> None:
+        self.plan, self.level, self.wanted = plan, level, wanted
         self.graph, self.root = fx.Graph(), nn.Module()
         self.values: dict[fx.Node, fx.Node] = {}
         self.prefixes: dict[fx.Node, fx.Node] = {}
         self.caches: dict[str, fx.Node] = {}  # placeholders
         self.made: dict[str, fx.Node] = {}  # new contents of caches
-        self.written: set[fx.Node] = set()  # in-place writes that later steps rely on
         self.sources: dict[str, fx.Node] = {}
         self.batches: dict[int, fx.Node] = {}
         self.tensors: dict[tuple, fx.Node] = {}
@@ -68,8 +66,7 @@ class StepGraph(Operands):
         """A constant of the program."""
         if key not in self.tensors:
             name = f"t{len(self.tensors)}"
-            layout = torch.channels_last if self.plan.channels_last and value.dim() == 4 else torch.contiguous_format
-            self.root.register_buffer(name, value.detach().clone(memory_format=layout))
+            self.root.register_buffer(name, value.detach().clone(memory_format=torch.contiguous_format))
             self.tensors[key] = self.graph.get_attr(name)
         return self.tensors[key]
 
@@ -79,8 +76,7 @@ class StepGraph(Operands):
         if node in self.values:
             return self.values[node]
         if node is self.plan.program.image and self.level == 1:
-            image = self.cache(IMAGE, node)
-            self.values[node] = self.call(kernels.channels_last, image) if self.plan.channels_last else image
+            self.values[node] = self.cache(IMAGE, node)
             return self.values[node]
         assert node.meta.get("units") is None and self.level > 1, f"{node} has nothing at level {self.level}"
         return self.prefix(node)
@@ -153,35 +149,10 @@ class StepGraph(Operands):
         return self.prefixes[node]
 
     def _prefix(self, node: fx.Node) -> fx.Node:
-        name = node.name
-        wanted_later = name in self.wanted
-        is_new = self._is_available(node)
-        if node.meta.get("units") is None or node.meta.get("per_level"):
-            value = self.value(node) if is_new else self.cache(name, node)
-            if is_new:
-                self.keep(name, value, node)
-            return value
-        axis = node.meta["axis"]
-        before = len(self.plan.prefix_positions(node, self.level - 1)) if self.level > 1 else 0
-        if self.level == 1:
-            value = self.values[node]
-            if wanted_later:
-                width = len(self.plan.prefix_positions(node, self.wanted[name]))
-                grows = self.in_place and width > len(self.positions(node))
-                self.keep(name, self.call(kernels.begin_prefix, value, axis, width) if grows else value, node)
-            return value
-        cached = self.cache(name, node)
-        grows_later = len(self.plan.prefix_positions(node, self.last_reader(name))) > before
-        if not is_new:
-            return self.call(aten.slice.Tensor, cached, axis, 0, before) if self.in_place and grows_later else cached
-        if not self.in_place:
-            value = self.call(aten.cat.default, [cached, self.values[node]], axis)
-            self.keep(name, value, node)
-            return value
-        value = self.call(kernels.extend_prefix, cached, self.values[node], axis, before)
-        if wanted_later:
-            self.written.add(value)
+        if not self._is_available(node):
+            return self.cache(node.name, node)
+        value = self.value(node)
+        if self.level > 1 and node.meta.get("units") is not None and not node.meta.get("per_level"):
+            value = self.call(kernels.extend, self.cache(node.name, node), value, node.meta["axis"])
+        self.keep(node.name, value, node)
         return value
-
-    def last_reader(self, name: str) -> int:
-        return max(self.level, self.wanted.get(name, 0))
