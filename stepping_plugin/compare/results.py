@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,12 +165,11 @@ def read_all(folder: Path) -> list[Result]:
     return sorted(results, key=lambda r: (r.recipe, r.variant, r.seed))
 
 
-def differing(result: Result, settings: dict[str, Any], ignored: Iterable[str] = ()) -> list[str]:
-    """Keys that a result was made with other values of. Keys unknown to the result are left out: they are newer."""
+def differing(result: Result, settings: dict[str, Any], ignored: Callable[[str], bool]) -> list[str]:
+    """Keys that a result was made with other values of, `ignored` ones left out, and those that it does not know."""
     plain = json.loads(json.dumps(settings))
-    skipped = set(ignored)
     return [
         f"{name}: {value!r} then, {plain.get(name)!r} now"
         for name, value in result.settings.items()
-        if name not in skipped and name in plain and plain[name] != value
+        if name in plain and plain[name] != value and not ignored(name)
     ]

@@ -29,8 +29,6 @@ from .studies import Variant
 
 __all__ = ["Comparison", "compare"]
 
-FREE = ("output", "device", "data.root", "data.download")  # may differ between runs of the same comparison
-
 
 @dataclass
 class Comparison:
@@ -75,7 +73,7 @@ class Comparison:
         path = result_path(self.results, self.name, variant.name, seed)
         if not path.is_file():
             return False
-        changed = differing(read(path), flat(variant.recipe(self.recipe, self.overrides, seed)), FREE)
+        changed = differing(read(path), flat(variant.recipe(self.recipe, self.overrides, seed)), variant.ignores)
         if changed:
             raise SteppingError(
                 f"{path} was made with other settings: {'; '.join(changed[:3])}. Run it anew with --again, or choose "
@@ -121,7 +119,7 @@ def _run_job(comparison: Comparison, variant: Variant, seed: int) -> Result:
     job = Job(run, variant, original, accuracy)
     common = {
         "recipe": comparison.name, "variant": variant.name, "method": variant.method, "seed": seed,
-        "settings": json.loads(json.dumps({k: v for k, v in settings.items() if k not in FREE})),
+        "settings": json.loads(json.dumps({k: v for k, v in settings.items() if not variant.ignores(k)})),
         "train_samples": len(run.data.train), "test_samples": len(run.data.test), "machine": machine(),
         "reference": Reference(macs=job.reference, numbers=_numbers(original), accuracy=accuracy,
                                updates=recipe.train.epochs * len(run.loader("train", recipe.train.batch_size))),

@@ -35,6 +35,11 @@ class Variant:
     label: str = ""
     stretch: float = 1.0
 
+    def ignores(self, key: str) -> bool:
+        """Whether a recipe key has no influence on this variant's numbers."""
+        section, _, name = key.partition(".")
+        return key in _FREE or (section == "construction" and self.method != "stepping" and name in _STRUCTURE)
+
     def recipe(self, name: str, overrides: Sequence[str] = (), seed: int = 0) -> Recipe:
         """A recipe (path or name) as this variant runs it.
 
@@ -50,6 +55,23 @@ class Variant:
         return load_recipe(name, [*given, f"retrain.epochs={epochs}", f"retrain.decay_milestones={milestones}"])
 
 
+_FREE = ("output", "device", "data.root", "data.download", "data.workers")
+_STRUCTURE = frozenset(  # of nested nets; other methods take the number of updates and the optimizer from this section
+    [
+        "flow",
+        "policy",
+        "expansion",
+        "noise",
+        "init",
+        "importance",
+        "importance_batches",
+        "alpha",
+        "beta",
+        "threshold",
+        "band",
+        "updates",
+    ]
+)
 # Spelled out, because a recipe may ask for the paper's construction.
 _OURS = (
     "construction.flow=trajectory",
