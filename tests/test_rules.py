@@ -358,3 +358,23 @@ def test_position_bias_networks_cost_no_macs_per_image():
     assert static == 16 * 16 * (2 * 6 + 6 * 3)
     assert count_macs(model, (images(SIZE, 1),)).total == MacModel(net.analysis).total + static
     assert "depend on parameters only" in apply_steppingnet(model, ["30%", "60%"], example_inputs=images(SIZE)).notes[0]
+
+
+class TokenScores(nn.Module):
+    """One score per token, from a product with a parameter, as in SwiftFormer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.wide = nn.Linear(12, 12), nn.Parameter(torch.randn(12, 7))
+        self.score, self.narrow = nn.Parameter(torch.randn(12, 1)), nn.Parameter(torch.randn(7, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.query(x)
+        pooled = (F.normalize(q @ self.score, dim=1) * q).sum(1, keepdim=True)
+        return x + (torch.relu(pooled * x) @ self.wide) @ self.narrow
+
+
+def test_products_with_a_parameter_are_layers():
+    net = check(ready(Tokens(TokenScores())))
+    assert net.analysis.pinned_channels == 1, "the score"
+    assert len(net.analysis.weight_units["inner.wide"][0]) == 7

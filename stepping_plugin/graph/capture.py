@@ -236,6 +236,10 @@ class _Canonicaliser:
             self.values[node] = self._emit(aten.dropout.default, (self.values[x], p, True), {}, _first(node))
         elif name == "_to_copy" and (anchor := self._cast_back(node)) is not None:
             self.values[node] = self._emit(aten.type_as.default, (self.values[node.args[0]], anchor), {}, node)
+        elif name == "matmul" and self._is_layer(node.args[1]):
+            x, weight = (self.values[n] for n in node.args)
+            turned = self._emit(aten.t.default, (weight,), {}, (node, node.args[1].meta["val"].t()))
+            self.values[node] = self._emit(aten.linear.default, (x, turned, None), {}, node)
         elif name == "copy" and node.args[0].meta["val"].shape == node.args[1].meta["val"].shape:
             self.values[node] = self.values[node.args[1]]  # what an assignment to a slice leaves
         elif name == "scaled_dot_product_attention" and _has_one_head(node):
@@ -270,6 +274,11 @@ class _Canonicaliser:
         if dropped := call_arg(node, "dropout_p", 0.0):
             result = self._emit(aten.dropout.default, (result, dropped, True), {}, weights)
         return self._emit(aten.matmul.default, (result, value), {}, node)
+
+    def _is_layer(self, matrix: fx.Node) -> bool:
+        """Whether a product with a matrix is a linear layer: a parameter (I, O) that no shape confuses with (O, I)."""
+        value, shape = self.values[matrix], matrix.meta["val"].shape
+        return value.op == "placeholder" and value.meta.get("tensor") in self.own and len(set(shape)) == 2 == len(shape)
 
     def _cast_back(self, node: fx.Node) -> fx.Node | None:
         """The parameter to whose type a value made from it is cast (a resampled position embedding), if that is all.
