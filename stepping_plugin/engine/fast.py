@@ -172,14 +172,13 @@ def convolution(
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Function:  # fmt: skip
     """Two-dimensional convolution. oneDNN gets its weight packed when the size of the images is known."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    after = activation
-
-    def aten_convolution(x: Tensor) -> Tensor:
-        y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return y if after is None else after(y)
-
     if not one_dnn:
+        ordered, after = weight.contiguous(memory_format=torch.channels_last), activation
+
+        def aten_convolution(x: Tensor) -> Tensor:
+            y = torch.conv2d(x, ordered, bias, stride, padding, dilation, groups)
+            return y if after is None else after(y)
+
         return aten_convolution
     product, pack = (
         torch.ops.mkldnn._convolution_pointwise.default._op,

@@ -24,6 +24,7 @@ Function = Callable[..., Any]
 
 # Operators in the form with the least between Python and the kernel.
 _DIRECT: dict[Any, Function] = {
+    aten.adaptive_avg_pool2d.default: nn.functional.adaptive_avg_pool2d,
     aten.add.Tensor: torch.add,
     aten.cat.default: torch.cat,
     aten.max_pool2d.default: torch.max_pool2d,
@@ -32,6 +33,8 @@ _DIRECT: dict[Any, Function] = {
     aten.permute.default: torch.permute,
     aten.relu.default: torch.relu,
     aten.reshape.default: torch.reshape,
+    aten.scaled_dot_product_attention.default: nn.functional.scaled_dot_product_attention,
+    aten.select.int: torch.select,
     aten.transpose.int: torch.transpose,
     aten.unbind.int: torch.unbind,
 }
