@@ -378,3 +378,22 @@ def test_products_with_a_parameter_are_layers():
     net = check(ready(Tokens(TokenScores())))
     assert net.analysis.pinned_channels == 1, "the score"
     assert len(net.analysis.weight_units["inner.wide"][0]) == 7
+
+
+class Folded(nn.Module):
+    """Windows weighted and added up again, as in VOLO's outlook attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Linear(12, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = F.unfold(x.transpose(1, 2).reshape(-1, 12, 4, 4), 3, padding=1)  # (B, 12 * 9, 16)
+        weights = self.weights(torch.tanh(x)).softmax(-1).transpose(1, 2)  # (B, 9, 16)
+        weighted = windows.view(-1, 12, 9, 16) * weights.mean(1, keepdim=True).unsqueeze(1)
+        return F.fold(weighted.reshape(-1, 108, 16), 4, 3, padding=1).flatten(2).transpose(1, 2)
+
+
+def test_fold_adds_up_windows():
+    net = check(ready(Tokens(Folded())))
+    assert not net.analysis.unknown and net.analysis.num_units > 20

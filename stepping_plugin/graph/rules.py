@@ -308,6 +308,16 @@ def im2col(labels: Labels, node: fx.Node) -> Tensor | None:
     return label.reshape(1, channels, 1).repeat_interleave(rows // channels, dim=1)
 
 
+@rule("col2im")
+def col2im(labels: Labels, node: fx.Node) -> Tensor | None:
+    """(B, C * kh * kw, positions) -> (B, C, H, W): what overlaps is added, so a window's rows join."""
+    source: fx.Node = node.args[0]
+    label = labels.merge(labels.of(source), [2])
+    channels, rows = shape_of(node)[1], shape_of(source)[1]
+    windows = label.expand(1, rows, 1).reshape(1, channels, rows // channels, 1)
+    return labels.merge(windows, [2])
+
+
 # ------------------------------------------------------------------------------------------------- weights
 
 CONVOLUTIONS = (
