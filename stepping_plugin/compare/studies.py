@@ -113,6 +113,7 @@ _ABLATION = {
     "no-suppression": ("without suppression", ["construction.beta=1", "retrain.beta=1"]),
     "no-distillation": ("without distillation", ["retrain.distill_from=none"]),
     "neither": ("without both", ["construction.beta=1", "retrain.beta=1", "retrain.distill_from=none"]),
+    "sequential": ("sequential updates", ["construction.updates=sequential", "retrain.updates=sequential"]),
     "equal-shares": ("copies with equal shares", ["construction.noise=0"]),
 }
 
