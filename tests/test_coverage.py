@@ -116,6 +116,7 @@ def test_committed_results_and_table_belong_together():
     page = (docs / "coverage.md").read_text()
     assert markdown_table(rows) in page
     assert "\n".join(summary_lines(rows)) in page
+    assert {row["module"] for row in rows} >= {spec.module for spec in FAMILIES}
 
 
 def test_results_are_sorted_and_readable(tmp_path):
