@@ -187,8 +187,8 @@ class Numpy(Stem):
 @pytest.mark.parametrize(
     ("model", "construct"),
     [
-        (Branch, "decides by the values of a tensor"),
-        (Loop, "decides by the values of a tensor"),
+        (Branch, "control flow that depends on the values of a tensor"),
+        (Loop, "control flow that depends on the values of a tensor"),
         (Number, "a number that depends on the values of a tensor"),
         (Selection, "a shape that depends on the values of a tensor"),
         (Numpy, "leaves torch for numpy"),

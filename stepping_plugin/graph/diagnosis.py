@@ -36,7 +36,7 @@ def capture_failure(model: nn.Module, image_size: tuple[int, ...], error: Except
     if any(cause in f"{type(error).__name__} {type(error.__cause__).__name__}" for cause in _DYNAMIC) or re.search(
         r"\bz?u[a-z]*\d+\b", text
     ):
-        what = f"{name} decides by the values of a tensor what to compute (a condition, a loop bound or an index)"
+        what = f"{name} has control flow that depends on the values of a tensor (a condition, a loop bound or an index)"
         return CaptureError(explain(what, where=place, action=_REWRITE))
     if ".numpy()" in text:
         what = f"{name} leaves torch for numpy, where nothing can be traced"
