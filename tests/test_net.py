@@ -358,7 +358,7 @@ def test_construction_on_data_then_retraining():
     net = apply_steppingnet(model, [0.2, 0.5, 0.8], train_loader=loader, config=config, device="cpu")
     assert all(0.97 * b <= m <= b for m, b in zip(net.macs, net.budgets, strict=True))
     assert int(net.levels.max()) == 3, "spare units are gone"
-    history = net.fit(loader, loader, TrainConfig(epochs=6, lr=0.05, device="cpu"), teacher=model, progress=False)
+    history = net.fit(loader, loader, TrainConfig(epochs=12, lr=0.05, device="cpu"), teacher=model, progress=False)
     assert min(history.epochs[-1]["accuracy"]) > 0.8
     verify(net, engine=False)
 

@@ -51,8 +51,7 @@ def test_a_run_leaves_everything(done):
     assert net.macs == [s["macs"] for s in report["subnets"]]
     verify(net)
     points = report["early_exit"]["points"]
-    assert points[0]["macs"] == net.macs[0]
-    assert points[0]["accuracy"] == pytest.approx(report["subnets"][0]["accuracy"])
+    assert net.macs[0] <= points[0]["macs"] and sum(points[0]["subnets"]) == pytest.approx(1)
     assert all(low["macs"] <= high["macs"] <= net.macs[-1] for low, high in itertools.pairwise(points))
 
 
