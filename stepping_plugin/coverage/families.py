@@ -154,7 +154,7 @@ TORCHVISION: tuple[Spec, ...] = tuple(
         ("efficientnet", "efficientnet_b0", 64, {}),
         ("googlenet", "googlenet", 64, {"aux_logits": False, "init_weights": False}),
         ("inception", "inception_v3", 96, {"aux_logits": False, "init_weights": False}),
-        ("maxvit", "maxvit_t", 64, {"input_size": [64, 64], "partition_size": 2}),
+        ("maxvit", "maxvit_t", 224, {}),
         ("mnasnet", "mnasnet0_5", 64, {}),
         ("mobilenetv2", "mobilenet_v2", 64, {}),
         ("mobilenetv3", "mobilenet_v3_small", 64, {}),
