@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import stepping_plugin.integrations.timm  # noqa: F401 - registers the paper's networks
+from stepping_plugin.coverage.check import perturb as randomise
 from stepping_plugin.net import SteppingNet
 from stepping_plugin.units import Analysis
 from stepping_plugin.witness import find_units
@@ -44,18 +45,6 @@ def make(name: str, **kwargs) -> nn.Module:
     """A timm model in float64, eval mode, in which zero-initialised parameters and statistics are random."""
     torch.manual_seed(0)
     return randomise(timm.create_model(name, **kwargs)).double().eval()
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Break the symmetries of a fresh model: with zero scales and heads most checks would be vacuous."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() <= 1 or float(parameter.abs().max()) == 0 or float(parameter.std()) == 0:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if "running" in name:
-                buffer.add_(0.1 * torch.rand_like(buffer))
-    return model
 
 
 def image_size(model: nn.Module) -> tuple[int, ...]:

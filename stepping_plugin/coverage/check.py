@@ -49,9 +49,8 @@ def build(spec: Spec) -> nn.Module:
         from ..integrations.timm import models as _  # noqa: F401 - registers the paper's networks
 
         model = timm.create_model(spec.model, num_classes=CLASSES, **spec.kwargs)
-    for (
-        module
-    ) in model.modules():  # dropout of elements draws its numbers in the order in which a tensor lies in memory
+    # Dropout of elements draws its numbers in the order in which a tensor lies in memory.
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return InFloat64(perturb(model)).double().eval()

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, fx
 
-from .program import Program, batch_hint, op_name
+from .program import Program, add_constant, batch_hint, op_name
 
 __all__ = ["fuse_shuffles"]
 
@@ -31,7 +31,9 @@ def fuse_shuffles(program: Program) -> None:
             continue
         axis, order = found
         with program.graph.inserting_before(node):
-            fused = program.graph.call_function(aten.index_select.default, (source, axis, _constant(program, order)))
+            fused = program.graph.call_function(
+                aten.index_select.default, (source, axis, add_constant(program, "order", order))
+            )
         fused.meta = dict(node.meta)
         node.replace_all_uses_with(fused)
     program.graph.eliminate_dead_code()
@@ -59,13 +61,3 @@ def _reordered_axis(chain: list[fx.Node], source: fx.Node) -> tuple[int, Tensor]
         if not torch.equal(order, torch.arange(shape[axis])) and torch.equal(before.index_select(axis, order), after):
             return axis, order
     return None
-
-
-def _constant(program: Program, order: Tensor) -> fx.Node:
-    name = f"order.{len(program.constants)}"
-    program.constants[name] = order
-    last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
-    with program.graph.inserting_after(last):
-        constant = program.graph.placeholder(name.replace(".", "_"))
-    constant.meta = {"tensor": name, "static": True, "shape": tuple(order.shape), "dtype": order.dtype, "value": order}
-    return constant

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["Program", "batch_hint", "call_arg", "is_static", "op_name", "tensor_inputs"]
+__all__ = ["Program", "add_constant", "batch_hint", "call_arg", "is_static", "op_name", "tensor_inputs"]
 
 
 @dataclass
@@ -187,3 +187,14 @@ def flat_nodes(value: Any) -> Iterable[fx.Node]:
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from flat_nodes(v)
+
+
+def add_constant(program: Program, prefix: str, value: Tensor) -> fx.Node:
+    """A new constant of a program, named `prefix.NUMBER`, behind its other inputs."""
+    name = f"{prefix}.{len(program.constants)}"
+    program.constants[name] = value
+    last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
+    with program.graph.inserting_after(last):
+        constant = program.graph.placeholder(name.replace(".", "_"))
+    constant.meta = {"tensor": name, "static": True, "shape": tuple(value.shape), "dtype": value.dtype, "value": value}
+    return constant

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from .labels import Role
 from .operands import Operands, find_positions
-from .program import Program, batch_expression
+from .program import Program, add_constant, batch_expression
 
 __all__ = ["ParameterSlice", "repeated_positions", "slice_programs"]
 
@@ -159,7 +159,7 @@ class _Slicer(Operands):
         return batch_expression(self.graph, self.result.image, self.batches, factor)
 
     def _select(self, value: fx.Node, axis: int, index: Tensor) -> fx.Node:
-        constant = _index_constant(self.result, index)
+        constant = add_constant(self.result, "index", index)
         created = self.graph.call_function(aten.index_select.default, (value, axis, constant))
         shape = list(value.meta["shape"])
         shape[axis] = len(index)
@@ -217,21 +217,10 @@ def _fold_parameter_slices(programs: dict[bool, Program]) -> dict[str, Parameter
 def _lowered(program: Program, node: fx.Node) -> fx.Node:
     value: fx.Node = node.args[0]  # type: ignore[assignment]
     for axis, index in node.args[1]:  # type: ignore[union-attr]
-        constant = _index_constant(program, torch.tensor(index))
+        constant = add_constant(program, "index", torch.tensor(index))
         with program.graph.inserting_before(node):
             shape = list(value.meta["shape"])
             shape[axis] = len(index)
             value = program.graph.call_function(aten.index_select.default, (value, axis, constant))
             value.meta = {**node.meta, "shape": tuple(shape)}
     return value
-
-
-def _index_constant(program: Program, index: Tensor) -> fx.Node:
-    """A new constant of the program that holds positions along an axis."""
-    name = f"index.{len(program.constants)}"
-    program.constants[name] = index
-    last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
-    with program.graph.inserting_after(last):
-        constant = program.graph.placeholder(name.replace(".", "_"))
-    constant.meta = {"tensor": name, "static": True, "shape": tuple(index.shape), "dtype": index.dtype, "value": index}
-    return constant
