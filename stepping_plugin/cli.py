@@ -145,6 +145,7 @@ def _add_coverage(commands: Any) -> None:
     coverage.add_argument(
         "--fuzz", type=int, metavar="COUNT", help="check COUNT random small networks instead of models"
     )
+    coverage.add_argument("--structure", nargs="+", metavar="NAME", help="units and MACs of models, without weights")
     coverage.add_argument("--seed", type=int, default=0, help="first seed of --fuzz (0)")
     coverage.set_defaults(command=_coverage)
 
@@ -158,6 +159,12 @@ def _coverage(arguments: argparse.Namespace) -> int:
         from .coverage.fuzz import run_fuzz
 
         return 1 if run_fuzz(arguments.seed, arguments.fuzz, lambda text: print(text, flush=True)) else 0
+    if arguments.structure:
+        from .coverage.structure import structure, structure_line
+
+        for name in arguments.structure:
+            print(structure_line(structure(name)), flush=True)
+        return 0
     limit = arguments.all_variants_under
     specs = select(arguments.models, arguments.family_smallest, None if limit is None else int(limit))
     rows = run_coverage(

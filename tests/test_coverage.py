@@ -13,6 +13,7 @@ from stepping_plugin.coverage import check as checks
 from stepping_plugin.coverage.families import FAMILIES, TORCHVISION, Spec, select
 from stepping_plugin.coverage.fuzz import check_network, random_network
 from stepping_plugin.coverage.runner import check_in_process, read_results, run_coverage, write_results
+from stepping_plugin.coverage.structure import structure
 from stepping_plugin.coverage.table import markdown_table, summary_lines
 
 SMALL = Spec("test_vit", "vision_transformer", 32, {"img_size": 32, "depth": 2})
@@ -141,3 +142,10 @@ def test_random_networks_are_repeatable_and_differ():
     a, b, c = random_network(7), random_network(7), random_network(8)
     assert str(a) == str(b) != str(c)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_structure_without_weights(capsys):
+    facts = structure("test_vit")
+    assert (facts["channels"], facts["pinned_channels"]) == (3136, 0) and facts["macs"] > 0
+    assert main(["coverage", "--structure", "test_vit"]) == 0
+    assert "| test_vit | 0 | 3,136 |" in capsys.readouterr().out
