@@ -89,6 +89,7 @@ def apply_steppingnet(
             policy=policy,
             generator=generator,
             reference_macs=reference,
+            lineage=net.lineage,
         )
         net.set_levels(assigned.levels)
         net.notes += assigned.notes

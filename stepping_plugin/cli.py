@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     training = bench.add_parser("training", help="a step of all subnets against plain training")
     training.add_argument("--rounds", type=int, default=7, help="repetitions (7)")
-    training.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
     training.add_argument("--device", default="cpu")
-    training.add_argument("--json", action="store_true", help="print JSON")
     training.set_defaults(command=_bench_training)
     engine = bench.add_parser("engine", help="the steps against the dense model and subnets from scratch")
     engine.add_argument("models", nargs="*", metavar="MODEL", help="timm names; default: five common ones")
     engine.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (1 8)")
     engine.add_argument("--subnets", type=int, default=4, help="subnets of equal width shares (4)")
     engine.add_argument("--turns", type=int, default=15, help="runs of everything; medians count (15)")
-    engine.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
     engine.add_argument("--compile", action="store_true", help="through torch.compile")
-    engine.add_argument("--json", action="store_true", help="print JSON")
     engine.set_defaults(command=_bench_engine)
     deadline = bench.add_parser("deadline", help="answers to random deadlines, with other work on the machine")
     deadline.add_argument("models", nargs="*", metavar="MODEL", help="timm names; default: resnet18")
@@ -69,9 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     deadline.add_argument("--load", type=int, default=2, help="busy processes beside (2)")
     deadline.add_argument("--batch", type=int, default=1, help="images per request (1)")
     deadline.add_argument("--subnets", type=int, default=4, help="subnets of equal width shares (4)")
-    deadline.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
-    deadline.add_argument("--json", action="store_true", help="print JSON")
     deadline.set_defaults(command=_bench_deadline)
+    for command in (training, engine, deadline):
+        command.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+        command.add_argument("--json", action="store_true", help="print JSON")
     export = commands.add_parser("export", help="write the step programs of a net as torch.export or ONNX files")
     export.add_argument("run", metavar="RUN", help="folder of `stepping run`, or a net.safetensors file")
     export.add_argument("--format", choices=("torch", "onnx"), default="torch", help="kind of files (torch)")
@@ -96,18 +93,16 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--resume", action="store_true", help="run only what is missing (the default)")
     compare.add_argument("--again", action="store_true", help="run also what is there already")
     compare.add_argument("--page", metavar="FILE", help="write tables and pictures of all results as a Markdown page")
-    compare.add_argument("--summary", metavar="FILE", help="update the table between the marks of a file")
     compare.set_defaults(command=_compare)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from .compare.page import fill, write_page
-    from .compare.results import read_all
+    from .compare.page import write_page
     from .compare.runner import Comparison, compare
     from .compare.studies import method_variants, study_variants
 
     results = Path(arguments.results)
-    if not (arguments.recipe or arguments.page or arguments.summary):
+    if not (arguments.recipe or arguments.page):
         raise SteppingError("compare: give a recipe to run, or --page FILE to make a page of the results at hand.")
     if arguments.resume and arguments.again:
         raise SteppingError("compare: --resume runs what is missing, --again runs everything anew: give one of them.")
@@ -122,9 +117,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.page is not None:
         for path in write_page(results, Path(arguments.page)):
             print(path)
-    if arguments.summary is not None:
-        file = Path(arguments.summary)
-        file.write_text(fill(file.read_text(encoding="utf-8"), read_all(results)), encoding="utf-8")
     return 0
 
 
@@ -146,6 +138,7 @@ def _add_coverage(commands: Any) -> None:
         "--fuzz", type=int, metavar="COUNT", help="check COUNT random small networks instead of models"
     )
     coverage.add_argument("--structure", nargs="+", metavar="NAME", help="units and MACs of models, without weights")
+    coverage.add_argument("--json", action="store_true", help="print what --structure finds as JSON")
     coverage.add_argument("--seed", type=int, default=0, help="first seed of --fuzz (0)")
     coverage.set_defaults(command=_coverage)
 
@@ -160,11 +153,9 @@ def _coverage(arguments: argparse.Namespace) -> int:
 
         return 1 if run_fuzz(arguments.seed, arguments.fuzz, lambda text: print(text, flush=True)) else 0
     if arguments.structure:
-        from .coverage.structure import structure, structure_line
+        from .coverage.structure import structure_table, structures
 
-        for name in arguments.structure:
-            print(structure_line(structure(name)), flush=True)
-        return 0
+        return _show(arguments, list(structures(arguments.structure)), structure_table)
     limit = arguments.all_variants_under
     specs = select(arguments.models, arguments.family_smallest, None if limit is None else int(limit))
     rows = run_coverage(
@@ -220,63 +211,57 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _bench_training(arguments: argparse.Namespace) -> int:
-    import torch
-    from rich.console import Console
-
     from .training.bench import bench_training, training_table
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    rows = bench_training(rounds=arguments.rounds, device=arguments.device)
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        Console(soft_wrap=True).print(training_table(rows))
-    return 0
+    _use_threads(arguments)
+    return _show(arguments, bench_training(rounds=arguments.rounds, device=arguments.device), training_table)
 
 
 def _bench_engine(arguments: argparse.Namespace) -> int:
-    import torch
-    from rich.console import Console
-
     from .engine.bench import MODELS, bench_engine, bench_table
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    models = {name: build_model(name) for name in arguments.models or MODELS}
+    _use_threads(arguments)
     report = bench_engine(
-        models,
+        {name: build_model(name) for name in arguments.models or MODELS},
         arguments.batch,
         num_subnets=arguments.subnets,
         turns=arguments.turns,
         compile=arguments.compile,
         progress=lambda text: print(text, file=sys.stderr),
     )
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-    else:
-        Console(soft_wrap=True).print(bench_table(report))
-    return 0
+    return _show(arguments, report, bench_table)
 
 
 def _bench_deadline(arguments: argparse.Namespace) -> int:
-    import torch
-    from rich.console import Console
-
     from .engine.bench import equal_net
     from .engine.bench_deadline import bench_deadlines, deadline_table
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    _use_threads(arguments)
     rows = []
     for name in arguments.models or ["resnet18"]:
         engine = equal_net(build_model(name), arguments.subnets).deploy()
         row = bench_deadlines(engine, arguments.requests, batch_size=arguments.batch, load=arguments.load)
         rows.append({"model": name, **row})
+    return _show(arguments, rows, deadline_table)
+
+
+def _use_threads(arguments: argparse.Namespace) -> None:
+    import torch
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+
+def _show(arguments: argparse.Namespace, measured: Any, table: Callable[[Any], Any]) -> int:
+    """Print what a benchmark measured: a table, or JSON with the machine beside."""
+    from rich.console import Console
+
+    from .machine import describe_machine
+
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps({"machine": describe_machine(), "measured": measured}, indent=2))
     else:
-        Console(soft_wrap=True).print(deadline_table(rows))
+        Console(soft_wrap=True).print(table(measured))
     return 0
 
 

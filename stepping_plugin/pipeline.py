@@ -26,7 +26,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import __version__
 from .api import check_model, reference_notes
 from .construction.config import ConstructionConfig
 from .construction.flow import Construction, start_network
@@ -36,6 +35,7 @@ from .engine.curve import answers_of, early_exit_curve
 from .errors import CheckpointError, SteppingError
 from .integrations.timm import models as _paper_networks  # noqa: F401 - registers them
 from .levels import parse_budgets
+from .machine import describe_machine
 from .macs import MacModel, static_macs
 from .net import SteppingNet
 from .recipe import dump_recipe
@@ -98,7 +98,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     start = net.macs[0]
     scores = magnitude_scores(net.model, net.analysis)
     planned = assign(net.analysis, net.macs_model, net.budgets, scores, recipe.construction.policy,
-                     torch.Generator().manual_seed(recipe.seed), reference_macs=net.reference_macs)  # fmt: skip
+                     torch.Generator().manual_seed(recipe.seed), reference_macs=net.reference_macs,
+                     lineage=net.lineage)  # fmt: skip
     return {"reference_macs": net.reference_macs, "start_macs": start, "units": net.analysis.num_units,
             "budgets": net.budgets, "macs": list(planned.macs), "notes": [*net.notes, *planned.notes]}  # fmt: skip
 
@@ -165,7 +166,8 @@ class Run:
         else:
             generator = torch.Generator().manual_seed(self.recipe.seed)
             assigned = assign(net.analysis, net.macs_model, net.budgets, policy=self.recipe.construction.policy,
-                              generator=generator, reference_macs=net.reference_macs)  # fmt: skip
+                              generator=generator, reference_macs=net.reference_macs,
+                              lineage=net.lineage)  # fmt: skip
             net.set_levels(assigned.levels)
             net.notes += assigned.notes
         net = net.eval().compact()
@@ -375,7 +377,8 @@ def report_data(
         "layers": layers,
         "notes": net.notes,
         "recipe": dump_recipe(recipe),
-        "versions": {"stepping-plugin": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "seed": recipe.seed,
+        "machine": describe_machine(),
     }
 
 

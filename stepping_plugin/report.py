@@ -11,7 +11,7 @@ The data are a plain dictionary (accuracies are shares in [0, 1], MACs are per i
     recipe:    str, the resolved recipe as YAML (optional)
     title:     str (optional)
 
-Whatever else they hold (history, versions, times) goes into report.json as it is.
+Whatever else they hold (history, machine, times) goes into report.json as it is.
 """
 
 from __future__ import annotations

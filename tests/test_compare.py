@@ -16,7 +16,7 @@ from stepping_plugin import BudgetError, SteppingError
 from stepping_plugin.cli import main
 from stepping_plugin.compare import timing
 from stepping_plugin.compare.dense import dense_net, dense_units
-from stepping_plugin.compare.page import BEGIN, END, fill, page_text
+from stepping_plugin.compare.page import page_text
 from stepping_plugin.compare.results import Result, differing, read, read_all, result_path
 from stepping_plugin.compare.runner import Comparison, compare, flat
 from stepping_plugin.compare.slimmable import Slimmable
@@ -348,22 +348,6 @@ def test_the_committed_page_comes_from_the_committed_results():
     assert page_text(committed()) == page.read_text(encoding="utf-8"), "run stepping compare --page docs/comparison.md"
     shown = re.findall(r"\]\((comparison/[^)]*\.png)\)", page.read_text(encoding="utf-8"))
     assert shown and all((ROOT / "docs" / name).is_file() for name in shown)
-
-
-def test_the_summary_in_the_readme_comes_from_the_committed_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    if BEGIN not in text:
-        pytest.skip("the README has no summary of the comparison")
-    assert fill(text, committed()) == text, "run stepping compare --results recipes/results --summary README.md"
-
-
-def test_summary_between_marks():
-    text = f"above\n{BEGIN}\nold\n{END}\nbelow\n"
-    filled = fill(text, committed())
-    assert filled.startswith(f"above\n{BEGIN}\n| method |") and filled.endswith(f"{END}\nbelow\n")
-    assert fill(filled, committed()) == filled
-    with pytest.raises(SteppingError, match="has no lines"):
-        fill("no marks", committed())
 
 
 def test_committed_results_were_made_by_shipped_recipes():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepping_plugin.compare.dense import dense_net, dense_units
-from stepping_plugin.compare.methods import Job, regular_net
+from stepping_plugin.compare.methods import Job
 from stepping_plugin.compare.slimmable import Slimmable
 from stepping_plugin.compare.studies import METHODS, REFERENCE
 from stepping_plugin.pipeline import Run
@@ -38,12 +38,13 @@ def random_data(cfg: DataConfig, samples: int) -> DataBundle:
 
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_two_updates_of_every_kind_of_net(name, tmp_path):
-    recipe = load_recipe(name, ["device=cpu", "retrain.batch_size=2", "construction.batch_size=2"])
+    small = ["device=cpu", "retrain.batch_size=2", "construction.batch_size=2"]
+    recipe = METHODS["any-width"].recipe(name, small)
     run = Run(recipe, tmp_path, lambda text: None)
     run._data = random_data(recipe.data, 4)
     original = run.build_model(recipe.model, pretrained=False).eval()
     job = Job(run, METHODS[REFERENCE], original, 0.5)
-    net = regular_net(job)
+    net = run.construct(original)
     assert all(0.85 * b <= m <= b for m, b in zip(net.macs, net.budgets, strict=True)), (net.macs, net.budgets)
     widths = [dense_units(job.analysis, job.macs_model, b) for b in (job.budgets[0], job.budgets[-1])]
     nets = [net, Slimmable(original, job.analysis, widths), dense_net(original, job.analysis, widths[0], seed=0)]

@@ -147,5 +147,8 @@ def test_random_networks_are_repeatable_and_differ():
 def test_structure_without_weights(capsys):
     facts = structure("test_vit")
     assert (facts["channels"], facts["pinned_channels"]) == (3136, 0) and facts["macs"] > 0
-    assert main(["coverage", "--structure", "test_vit"]) == 0
-    assert "| test_vit | 0 | 3,136 |" in capsys.readouterr().out
+    assert main(["coverage", "--structure", "test_vit", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert [row["model"] for row in measured] == ["test_vit"] and measured[0]["macs"] == facts["macs"]
+    assert main(["coverage", "--structure", "resnet81"]) == 1
+    assert "resnet81" in capsys.readouterr().err

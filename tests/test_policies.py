@@ -10,7 +10,7 @@ import torch
 from nets import image_size, images, make, nested, random_levels
 from torch import nn
 
-from stepping_plugin import BudgetError, SteppingError
+from stepping_plugin import BudgetError, ConstructionConfig, SteppingError, apply_steppingnet
 from stepping_plugin.construction.counts import CountModel, UnitClasses
 from stepping_plugin.construction.importance import magnitude_scores
 from stepping_plugin.construction.landing import Planner, cut_off_groups, find_plugs, head_units, land
@@ -175,6 +175,22 @@ def test_any_width_is_a_prefix_of_even_widths(name):
             shares.append([float((levels[group.units] <= i).double().mean()) for i in range(1, n + 1)])
     spread = torch.tensor(shares)
     assert float((spread.max(0).values - spread.min(0).values).max()) < 0.1
+
+
+def test_any_width_takes_every_unit_once_before_any_copy():
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    config = ConstructionConfig(expansion=1.6)
+    net = apply_steppingnet(model, ["10%", "30%", "60%"], config=config, policy="any-width")
+    plain = assign(net.analysis, net.macs_model, net.budgets, policy="any-width")
+    assert net.macs == list(plain.macs)
+    copies = net.lineage[0]
+    first = torch.cat([torch.arange(int(c)) for c in copies]) == 0
+    for group in net.analysis.groups:
+        own = net.levels[group.units]
+        if bool(first[group.units].all()):
+            continue
+        smallest_copy = own[~first[group.units]].min()
+        assert own[first[group.units]].max() <= smallest_copy, group.name
 
 
 def test_random_has_the_counts_of_any_width_and_obeys_its_generator():

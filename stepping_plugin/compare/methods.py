@@ -16,14 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..construction.config import ConstructionConfig
-from ..construction.counts import UnitClasses
 from ..construction.flow import Construction
-from ..construction.policies import assign
 from ..errors import BudgetError, SteppingError
 from ..integrations.fvcore import count_macs
 from ..integrations.torch_pruning.to_budget import loss_gradients, prune_to_budget, sparsity_regulariser
@@ -155,7 +152,7 @@ def stepping(job: Job) -> Outcome:
     """SteppingNet and any-width: construction, or the pattern in one shot, then retraining of all subnets at once."""
     constructed = job.recipe.construction.policy == "steppingnet"
     epochs = job.recipe.retrain.epochs
-    net = job.run.construct(job.original) if constructed else regular_net(job)
+    net = job.run.construct(job.original)
     notes, phases = list(net.notes), []
     if constructed:
         updates, step = _construction_updates(job), _construction_step(job)
@@ -171,25 +168,6 @@ def stepping(job: Job) -> Outcome:
     numbers = _live_numbers(net)
     return Outcome(True, answers, answers, {"alone": numbers, "executed": numbers},
                    {"alone": phases, "executed": phases}, latency(job.original, net, job.size), notes)  # fmt: skip
-
-
-def regular_net(job: Job) -> SteppingNet:
-    """The any-width pattern on the widened original.
-
-    The regular pattern takes units from the front, and widening puts the copies of a unit side by side. Copies at one
-    level have equal gradients and would stay the same unit for ever, so first all units come once, then their copies.
-    """
-    net = job.run.start(job.original, ConstructionConfig.of(job.recipe.construction))
-    regular = assign(net.analysis, net.macs_model, net.budgets, policy="any-width", reference_macs=net.reference_macs)
-    copies = net.lineage[-1] if net.lineage else torch.ones(net.analysis.num_units, dtype=torch.long)
-    number = torch.cat([torch.arange(int(c)) for c in copies]).numpy()
-    kind = UnitClasses(net.analysis, net.macs_model).of_unit
-    levels = regular.levels.clone()
-    there, here = np.lexsort((number, kind)), np.lexsort((regular.levels.numpy(), kind))
-    levels[torch.from_numpy(there)] = regular.levels[torch.from_numpy(here)]
-    net.set_levels(levels)
-    net.notes += regular.notes
-    return net.eval().compact()
 
 
 def _construction_updates(job: Job) -> int:
@@ -357,15 +335,15 @@ RUNNERS: dict[str, Callable[[Job], Outcome]] = {
 }
 
 
-def assert_comparable(recipe: Any) -> None:
-    """Refuse recipes that some method could not follow.
+def assert_comparable(recipe: Any, method: str) -> None:
+    """Refuse recipes that a method could not follow.
 
     Raises:
         SteppingError: distillation from the largest subnet, or a saved net instead of a model.
     """
     if recipe.model.net is not None:
         raise SteppingError("model.net: a comparison starts from the original network. Give model.name instead.")
-    if recipe.retrain.distill_from == "largest":
+    if recipe.retrain.distill_from == "largest" and method != "stepping":
         raise SteppingError(
             "retrain.distill_from: separate nets have no largest subnet to learn from. Use original, teacher or none."
         )

@@ -13,7 +13,7 @@ from .results import Result, read_all
 from .studies import STUDIES
 from .tables import VIEWS, Group, accuracy_table, arrival_table, changes_table, cost_table, failures, markdown, spread
 
-__all__ = ["fill", "page_text", "summary_table", "write_page"]
+__all__ = ["page_text", "summary_table", "write_page"]
 
 _HEAD = """# Comparison
 
@@ -64,22 +64,6 @@ def page_text(results: Sequence[Result], folder: str = "comparison") -> str:
     """The page as Markdown; pictures are expected in `folder`."""
     sections = [_recipe_section(name, list(own), folder) for name, own in groupby(results, lambda r: r.recipe)]
     return "\n".join([_HEAD, *sections])
-
-
-BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
-
-
-def fill(text: str, results: Sequence[Result]) -> str:
-    """A text, such as the README, with the summary between its two marks brought up to date.
-
-    Raises:
-        SteppingError: the marks are missing.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SteppingError(f"--summary: the file has no lines {BEGIN} and {END} to write between.")
-    return f"{before}{BEGIN}\n{summary_table(results)}\n{END}{after}"
 
 
 def summary_table(results: Sequence[Result]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torch_pruning
 from torch import nn
 
-from .. import __version__
 from ..errors import BudgetError, CaptureError, SteppingError
+from ..machine import describe_machine
 from ..pipeline import Run
 from ..recipe import load_recipe
 from ..recipe_schema import Recipe
@@ -106,7 +103,7 @@ def compare(comparison: Comparison) -> list[Path]:
 
 def _run_job(comparison: Comparison, variant: Variant, seed: int) -> Result:
     recipe = variant.recipe(comparison.recipe, comparison.overrides, seed)
-    assert_comparable(recipe)
+    assert_comparable(recipe, variant.method)
     settings, torch_seed = flat(recipe), recipe.seed
     folder = comparison.work / f"{comparison.name}-{variant.name}-{seed}-{_digest(settings)}"
     if comparison.again and folder.is_dir():
@@ -120,7 +117,8 @@ def _run_job(comparison: Comparison, variant: Variant, seed: int) -> Result:
     common = {
         "recipe": comparison.name, "variant": variant.name, "method": variant.method, "seed": seed,
         "settings": json.loads(json.dumps({k: v for k, v in settings.items() if not variant.ignores(k)})),
-        "train_samples": len(run.data.train), "test_samples": len(run.data.test), "machine": machine(),
+        "train_samples": len(run.data.train), "test_samples": len(run.data.test),
+        "machine": Machine(**describe_machine()),
         "reference": Reference(macs=job.reference, numbers=_numbers(original), accuracy=accuracy,
                                updates=recipe.train.epochs * len(run.loader("train", recipe.train.batch_size))),
     }  # fmt: skip
@@ -167,22 +165,6 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 
     add("", recipe.model_dump(mode="json"))
     return result
-
-
-def machine() -> Machine:
-    """This machine, as far as a reader of the results needs to know it."""
-    return Machine(
-        processor=_processor(), threads=torch.get_num_threads(), torch=torch.__version__, timm=timm.__version__,
-        torch_pruning=getattr(torch_pruning, "__version__", "unknown"), stepping_plugin=__version__,
-    )  # fmt: skip
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _numbers(model: nn.Module) -> int:

@@ -112,6 +112,7 @@ _EXPANSIONS = (1.0, 1.2, 1.5, 1.8, 2.0, 2.5)
 _ABLATION = {
     "no-suppression": ("without suppression", ["construction.beta=1", "retrain.beta=1"]),
     "no-distillation": ("without distillation", ["retrain.distill_from=none"]),
+    "in-place-distillation": ("the largest subnet teaches", ["retrain.distill_from=largest"]),
     "neither": ("without both", ["construction.beta=1", "retrain.beta=1", "retrain.distill_from=none"]),
     "sequential": ("sequential updates", ["construction.updates=sequential", "retrain.updates=sequential"]),
     "equal-shares": ("copies with equal shares", ["construction.noise=0"]),

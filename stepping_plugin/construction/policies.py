@@ -35,6 +35,7 @@ class Problem:
     scores: Tensor
     generator: torch.Generator
     relative_band: tuple[float, float] = BAND
+    copies: Tensor | None = None  # made by widening of every original unit, lying side by side
 
 
 def assign(
@@ -46,6 +47,7 @@ def assign(
     generator: torch.Generator | None = None,
     relative_band: tuple[float, float] = BAND,
     reference_macs: int | None = None,
+    lineage: Sequence[Tensor] = (),
 ) -> LandingResult:
     """Levels for all units, so that every subnet meets its budget.
 
@@ -58,6 +60,7 @@ def assign(
         generator: for "random"; seed 0 by default.
         relative_band: for "steppingnet": least and most units of a width, relative to the uniform pattern.
         reference_macs: M_t, for percentages in messages; the whole network's MACs by default.
+        lineage: `net.lineage`; tells "any-width" which units of a widened network are copies.
 
     Returns:
         Levels (units beyond the last budget are spare, N + 1), exact MACs, and a note for every subnet below
@@ -77,7 +80,8 @@ def assign(
     budgets = [int(b) for b in budgets]
     check_budgets(analysis, macs_model, budgets, reference_macs or macs_model.total)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
-    result = POLICIES[policy](Problem(analysis, macs_model, budgets, scores, generator, relative_band))
+    copies = lineage[-1] if lineage else None
+    result = POLICIES[policy](Problem(analysis, macs_model, budgets, scores, generator, relative_band, copies))
     _refuse_plugs(analysis, budgets, result)
     return result
 
@@ -127,7 +131,8 @@ def any_width(problem: Problem) -> LandingResult:
     """The regular pattern: the first units of every width in subnet 1, the next ones in subnet 2, and so on.
 
     One width ratio per subnet, the largest one that the budget allows; single units then make up for
-    rounding.
+    rounding. Of a widened network every unit comes once before any second copy: copies at one level have equal
+    gradients and would stay one unit for ever.
     """
     analysis, macs_model, budgets = problem.analysis, problem.macs_model, problem.budgets
     levels, shares = uniform_levels(analysis, macs_model, budgets)
@@ -142,7 +147,17 @@ def any_width(problem: Problem) -> LandingResult:
     )
     result = land(analysis, macs_model, levels, budgets, prefix, locked_units(analysis, prefix), band)
     _add_widening(result.notes, problem, len(budgets))
-    return result
+    return result if problem.copies is None else _copies_last(problem, problem.copies, result)
+
+
+def _copies_last(problem: Problem, copies: Tensor, result: LandingResult) -> LandingResult:
+    """The same levels for units of the same cost, first copies first."""
+    number = torch.cat([torch.arange(int(c)) for c in copies]).numpy()
+    kind = UnitClasses(problem.analysis, problem.macs_model).of_unit
+    levels = result.levels.clone()
+    there, here = np.lexsort((number, kind)), np.lexsort((result.levels.numpy(), kind))
+    levels[torch.from_numpy(there)] = result.levels[torch.from_numpy(here)]
+    return LandingResult(levels, result.macs, result.notes)
 
 
 def random(problem: Problem) -> LandingResult:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import timm
 import torch
+from rich.table import Table
+from tqdm import tqdm
 
+from ..errors import SteppingError, nearest
 from ..levels import floor_macs
 from ..macs import MacModel
 from ..units import analyse
 
-__all__ = ["structure", "structure_line"]
+__all__ = ["structure", "structure_table", "structures"]
 
 
 def structure(name: str) -> dict[str, Any]:
@@ -22,8 +28,6 @@ def structure(name: str) -> dict[str, Any]:
         Parameters, channels, units, MACs, floor (share of the MACs), CPU seconds of capture and labelling together
         with those of everything behind them, and the most memory of this process so far in GiB.
     """
-    import timm
-
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=1000).eval()
     start = time.process_time()
@@ -42,11 +46,29 @@ def structure(name: str) -> dict[str, Any]:
     }
 
 
-def structure_line(facts: dict[str, Any]) -> str:
-    """One line of a Markdown table."""
-    per_channel = facts["cpu_seconds"] / facts["channels"] * 1e6
-    return (
-        f"| {facts['model']} | {facts['parameters'] / 1e6:,.0f} | {facts['channels']:,} | {facts['units']:,} | "
-        f"{facts['pinned_channels']:,} | {facts['macs'] / 1e9:,.0f} | {facts['floor_share']:.2%} | "
-        f"{facts['cpu_seconds']:.1f} | {per_channel:.0f} | {facts['gib']:.2f} |"
-    )
+def structures(names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """`structure` of every model, each in a process of its own: memory is counted from zero.
+
+    Raises:
+        SteppingError: timm has no such model.
+    """
+    names = list(names)
+    if unknown := [name for name in names if not timm.is_model(name)]:
+        raise SteppingError(f"model: timm has no model {unknown[0]!r}; {nearest(unknown[0], timm.list_models())}")
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        yield from tqdm(pool.imap(structure, names), unit="model", disable=None)
+
+
+def structure_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """For `rich.print`: one line per model."""
+    table = Table(title="structure without weights")
+    for column in ("model", "parameters, M", "channels", "units", "pinned channels", "G MACs", "floor", "CPU s",
+                   "µs per channel", "GiB"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for r in rows:
+        table.add_row(
+            r["model"], f"{r['parameters'] / 1e6:,.0f}", f"{r['channels']:,}", f"{r['units']:,}",
+            f"{r['pinned_channels']:,}", f"{r['macs'] / 1e9:,.1f}", f"{r['floor_share']:.2%}",
+            f"{r['cpu_seconds']:.1f}", f"{r['cpu_seconds'] / r['channels'] * 1e6:.0f}", f"{r['gib']:.2f}",
+        )  # fmt: skip
+    return table
