@@ -8,6 +8,7 @@ keys are wrong.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from typing import Any, Literal
 
@@ -215,12 +216,20 @@ class Retrain(Train):
 
     gamma: float = key(0.4, "weight of the cross entropy, 1 - gamma that of the teacher (Eq. 4)", ge=0, le=1)
     temperature: float = key(1.0, "of the distillation", gt=0)
+    subnet_weights: list[float] | None = key(None, "weight of every subnet's loss, smallest subnet first; null: all 1")
     beta: float = key(0.9, "suppression of weight updates (III-A2); 1: none", gt=0, le=1)
     updates: Literal["joint", "sequential"] = key("joint", "one pass for all subnets, or the paper's ascending order")
     distill_from: Literal["original", "largest", "teacher", "none"] = key(
         "original", "original network, largest subnet, the model in `teacher`, or no distillation"
     )
     teacher: TeacherConfig | None = key(None, "model of distill_from: teacher", validate_default=True)
+
+    @field_validator("subnet_weights")
+    @classmethod
+    def _not_negative(cls, weights: list[float] | None) -> list[float] | None:
+        if weights is not None and not (all(0 <= w < math.inf for w in weights) and any(weights)):
+            raise ValueError("expected numbers from 0 up, at least one above 0")
+        return weights
 
     @field_validator("teacher")
     @classmethod
@@ -275,6 +284,14 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return budgets
+
+    @field_validator("retrain")
+    @classmethod
+    def _one_weight_per_subnet(cls, retrain: Retrain, info: ValidationInfo) -> Retrain:
+        budgets, weights = info.data.get("budgets"), retrain.subnet_weights
+        if budgets and weights is not None and len(weights) != len(budgets):
+            raise ValueError(f"subnet_weights: {len(weights)} numbers for {len(budgets)} budgets; one per budget")
+        return retrain
 
     @field_validator("train")
     @classmethod

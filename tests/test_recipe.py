@@ -173,6 +173,8 @@ def test_bad_budgets(budgets, text):
         ("train: {opt: adamww}", "train.opt", "did you mean 'adamw'?"),
         ("retrain: {distill_from: teacher}", "retrain.teacher", "needs teacher.name"),
         ("retrain: {teacher: {name: lenet5}}", "retrain.teacher", "no effect"),
+        ("retrain: {subnet_weights: [1, 2, 3]}", "retrain", "3 numbers for 2 budgets"),
+        ("retrain: {subnet_weights: [1, -1]}", "retrain.subnet_weights", "from 0 up"),
         ("construction: {band: [1.2, 1.5]}", "construction.band", "low <= 1 <= high"),
         ("construction: {beta: 0}", "construction.beta", "a number above 0"),
         ("device: gpu", "device", "cuda:NUMBER"),

@@ -104,7 +104,9 @@ class Job:
         fit(
             net, self.run.loader("train", section.batch_size, "retrain"), None, self.settings(epochs),
             teacher=self.teacher, gamma=section.gamma, temperature=section.temperature, beta=section.beta,
-            sequential=section.updates == "sequential", checkpoint_dir=self.folder / name, progress=False,
+            from_largest=section.distill_from == "largest", sequential=section.updates == "sequential",
+            subnet_weights=section.subnet_weights if isinstance(net, SteppingNet) else None,
+            checkpoint_dir=self.folder / name, progress=False,
         )  # fmt: skip
 
     def score(self, net: nn.Module) -> list[float]:
