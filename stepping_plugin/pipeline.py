@@ -218,7 +218,8 @@ class Run:
             net, self.loader("train", settings.batch_size, "retrain"), self.validation(settings), config,
             teacher=self.teacher(original), gamma=settings.gamma, temperature=settings.temperature,
             from_largest=settings.distill_from == "largest", subnet_weights=settings.subnet_weights,
-            beta=settings.beta, sequential=settings.updates == "sequential", checkpoint_dir=self.folder / "retrain", log=self._log,
+            beta=settings.beta, sequential=settings.updates == "sequential",
+            checkpoint_dir=self.folder / "retrain", log=self._log,
         )  # fmt: skip
         self.history["retraining"] = log.epochs
         return net
