@@ -20,9 +20,10 @@ from .errors import CaptureError
 from .graph.capture import capture
 from .graph.labels import Labels, Role, compress, labelled_axis, propagate, units_only
 from .graph.program import Program, is_static, op_name, tensor_inputs
-from .graph.rules import RULES, weight_key
+from .graph.rules import RULES
 from .graph.slicing import ParameterSlice, slice_programs
 from .graph.unionfind import PINNED
+from .graph.weights import weight_key, weight_sources
 
 __all__ = ["Analysis", "Layer", "UnitGroup", "analyse", "assemble", "restrict"]
 
@@ -300,9 +301,10 @@ def _pin_weights_of_mixed_use(labels: Labels, nodes: list[fx.Node]) -> None:
         masked = node.args[1] if labels.role.get(node) == Role.CHANNELS else None
         for operand in (n for n in tensor_inputs(node) if is_static(n)):
             if operand is masked:
-                between.setdefault(weight_key(operand), []).append(node)
+                for name in weight_sources(operand):
+                    between.setdefault(name, []).append(node)
             elif len(operand.meta.get("shape", ())) > 1:
-                mixed.add(weight_key(operand))
+                mixed |= weight_sources(operand)
     for key in mixed & between.keys():
         for node in between[key]:
             for tensor in (node, node.args[0]):

@@ -1,13 +1,14 @@
 """Numerical proof that the subnets of a net are nested.
 
-Every parameter of the units above level i is replaced by noise. If subnets 1..i give the same class scores as before,
-nothing in them depends on a unit that they do not contain, so their results can be reused.
+Everything that the operators read of parameters and buffers on behalf of units above level i is replaced by noise. If
+subnets 1..i give the same class scores as before, nothing in them depends on a unit that they do not contain, so their
+results can be reused. The noise is put where operators that see images read their operands (`ownership`), so it reaches
+every element whatever view, slice, transpose or arithmetic lies between it and the parameter.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from .errors import NestingError
-from .graph.program import named_tensors
-from .nested.module import channel_levels, direct_weights
+from .graph.program import is_static
+from .nested.module import channel_levels
 from .net import SteppingNet
+from .ownership import NEVER, first_readers
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -77,12 +79,13 @@ def verify(net: SteppingNet, x: Tensor | None = None, *, engine: bool = True, se
     with torch.no_grad():
         scores = exact.forward_all(x)
         scale = float(scores.abs().max().clamp(min=1e-30))
+        first = first_readers(net.analysis, net.levels)
         for i in range(1, net.num_subnets):
-            noise = _noise_above(exact, i, generator)
-            change = (_scores(exact, x, noise) - scores).abs().flatten(1).amax(1) / scale
+            noisy = _Noisy(exact, first, i, seed)
+            change = (noisy.scores(x) - scores).abs().flatten(1).amax(1) / scale
             leak = float(change[:i].max())
             if not leak <= TOLERANCE:
-                raise _leak_error(exact, noise, x, i, leak)
+                raise _leak_error(noisy, x, i, leak)
             report.leak.append(leak)
             report.response.append(float(change[-1]))
         for i in range(1, net.num_subnets + 1):
@@ -107,22 +110,48 @@ def _engine_errors(net: SteppingNet, x: Tensor, scores: Tensor, scale: float) ->
     return errors
 
 
-def _noise_above(net: SteppingNet, level: int, generator: torch.Generator) -> dict[int, Tensor]:
-    """By id of a tensor: the tensor with noise in place of all elements of units above a level, dead ones included."""
-    noisy: dict[int, Tensor] = {}
-    for tensor, higher in _elements_above(net, named_tensors(net.model), level):
-        current = noisy.get(id(tensor), tensor)
-        noisy[id(tensor)] = torch.where(higher.to(tensor.device), _noise(tensor, generator), current)
-    return noisy
+class _Noisy(fx.Interpreter):
+    """Runs the nested eval graph of a net with noise in place of all elements that no subnet up to a level may read.
 
+    Args:
+        net: the net.
+        first: result of `first_readers`.
+        level: elements with a first reader above it are noise; with `NEVER` the graph runs as it is.
+        seed: of the noise.
+    """
 
-def _inputs(net: SteppingNet, replaced: dict[int, Tensor]) -> list[Tensor]:
-    return [replaced.get(id(t), t) for t in net._tensors(net._graphs[False], False)]
+    def __init__(self, net: SteppingNet, first: dict[fx.Node, Tensor], level: int, seed: int) -> None:
+        super().__init__(net._graphs[False].module)
+        self.net, self.first, self.level = net, first, level
+        self.generator = torch.Generator().manual_seed(seed)
+        self.noisy: dict[fx.Node, Tensor] = {}
+        self.seen: dict[str, Tensor] | None = None
 
+    def scores(self, x: Tensor) -> Tensor:
+        """Class scores of all subnets, (N, B, classes)."""
+        return self.run(x, *self.net._tensors(self.net._graphs[False], False))[0]
 
-def _scores(net: SteppingNet, x: Tensor, replaced: dict[int, Tensor]) -> Tensor:
-    """Class scores of all subnets (N, B, classes) with some of the net's tensors replaced."""
-    return net._graphs[False].module(x, *_inputs(net, replaced))[0]
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
+        """Operators that need no image get the parameters themselves, the others what is noise above the level."""
+        read = self.env.__getitem__ if is_static(n.meta.get("source")) else self._operand
+        return fx.node.map_arg((n.args, dict(n.kwargs)), read)
+
+    def _operand(self, n: fx.Node) -> Any:
+        source = n.meta.get("source")
+        first = self.first.get(source) if source is not None else None
+        if first is None or not self.env[n].is_floating_point():
+            return self.env[n]
+        if n not in self.noisy:
+            higher = (first > self.level).to(self.env[n].device)
+            noise = torch.where(higher, _noise(self.env[n], self.generator), self.env[n])
+            self.noisy[n] = self.env[n].clone().copy_(noise)  # strides as before, so that sums round as before
+        return self.noisy[n]
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if self.seen is not None and isinstance(result, Tensor) and n.op == "call_function":
+            self.seen[n.name] = result
+        return result
 
 
 def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -134,29 +163,8 @@ def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return (noise * magnitude).to(tensor)
 
 
-def _elements_above(net: SteppingNet, tensors: dict[str, Tensor], level: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tensors with a boolean mask (broadcastable) of the elements that only subnets above `level` may use."""
-    levels, direct = net.levels, direct_weights(net.analysis)
-    for name, (out_units, in_units) in net.analysis.weight_units.items():
-        tensor = tensors.get(name)
-        shape, transposed = net._layouts[name]
-        if tensor is None or tensor.shape != torch.Size(shape):
-            continue
-        rows = (channel_levels(levels, out_units) > level)[:, None]
-        columns = (channel_levels(levels, in_units) > level)[None, :]
-        # a standardised weight mixes its whole row, dead synapses included: there only whole rows are noise
-        higher = rows | columns if name in direct else rows.expand(-1, len(in_units))
-        higher = higher.t() if transposed else higher
-        yield tensor, higher.reshape([*higher.shape] + [1] * (len(shape) - 2))
-    for name, (axis, units) in net.analysis.param_units.items():
-        tensor = tensors.get(name)
-        if tensor is not None and tensor.is_floating_point():
-            higher = channel_levels(levels, units) > level
-            yield tensor, higher.reshape([-1 if d == axis else 1 for d in range(tensor.dim())])
-
-
-def _leak_error(net: SteppingNet, noise: dict[int, Tensor], x: Tensor, subnet: int, leak: float) -> NestingError:
-    layer = _first_difference(net, noise, x, subnet) or "the classifier"
+def _leak_error(noisy: _Noisy, x: Tensor, subnet: int, leak: float) -> NestingError:
+    layer = _first_difference(noisy, x, subnet) or "the classifier"
     return NestingError(
         f"{layer}: subnet {subnet} is not nested; its class scores change by {leak:.1e} (relative) when the units "
         "above it become noise. A synapse or a statistic leads from a larger subnet into it. If the net was made by "
@@ -166,14 +174,15 @@ def _leak_error(net: SteppingNet, noise: dict[int, Tensor], x: Tensor, subnet: i
     )
 
 
-def _first_difference(net: SteppingNet, noise: dict[int, Tensor], x: Tensor, subnet: int) -> str | None:
+def _first_difference(noisy: _Noisy, x: Tensor, subnet: int) -> str | None:
     """Module path of the first value of level <= subnet that the noise changes."""
-    before, after = _record(net, x, {}), _record(net, x, noise)
-    for node in net._graphs[False].module.graph.nodes:
+    plain = _Noisy(noisy.net, {}, NEVER, 0)
+    before, after = _record(plain, x), _record(noisy, x)
+    for node in noisy.net._graphs[False].module.graph.nodes:
         units, axis = node.meta.get("units"), node.meta.get("axis")
         if units is None or node.name not in before:
             continue
-        kept = (channel_levels(net.levels, units) <= subnet).nonzero().flatten().to(x.device)
+        kept = (channel_levels(noisy.net.levels, units) <= subnet).nonzero().flatten().to(x.device)
         a, b = before[node.name], after[node.name]
         if a.dim() > axis and a.shape[axis] == len(units):
             a, b = a.index_select(axis, kept), b.index_select(axis, kept)
@@ -182,21 +191,8 @@ def _first_difference(net: SteppingNet, noise: dict[int, Tensor], x: Tensor, sub
     return None
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the result of every operator."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.seen: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor) and n.op == "call_function":
-            self.seen[n.name] = result
-        return result
-
-
-def _record(net: SteppingNet, x: Tensor, replaced: dict[int, Tensor]) -> dict[str, Tensor]:
-    recorder = _Recorder(net._graphs[False].module)
-    recorder.run(x, *_inputs(net, replaced))
-    return recorder.seen
+def _record(interpreter: _Noisy, x: Tensor) -> dict[str, Tensor]:
+    """Results of all operators by name."""
+    interpreter.seen = {}
+    interpreter.scores(x)
+    return interpreter.seen

@@ -46,7 +46,30 @@ def test_row_of_a_model():
     assert row["pinned_channels"] == 0 < row["units"] < row["channels"]
     assert max(row["identity"], row["leak"], row["extract"], row["engine"], row["train_identity"]) < 1e-12
     assert row["macs"] == row["macs_fvcore"] and max(row["budget_used"]) <= 1
+    assert row["engine_macs"] == row["subnet_macs"] and row["train_gradient"] < 1e-12
     json.dumps(row)
+
+
+def test_idle_macs_are_those_without_a_gradient():
+    subject = checks.Subject(Spec("lenet5", "models", 32))
+    checks.convert(subject)
+    levels = subject.net.levels
+    levels[subject.analysis.groups[0].units[2:]] = 2  # nobody reads them: the second layer is at level 1
+    subject.net.set_levels(levels)
+    needed = checks.reached_macs(subject.net, subject.images)
+    assert needed == subject.net.deploy().macs != subject.net.macs
+    subject.net.set_levels(subject.level_vectors()[0])
+    assert checks.reached_macs(subject.net, subject.images) == subject.net.deploy().macs == subject.net.macs
+
+
+def test_engine_check_counts_what_runs(monkeypatch):
+    subject = checks.Subject(SMALL)
+    checks.convert(subject)
+    assert checks.engine(subject)["idle_macs"] == [0, 0, 0]
+    counted = checks.executed_macs
+    monkeypatch.setattr(checks, "executed_macs", lambda *a: [m + 1 for m in counted(*a)])
+    with pytest.raises(checks.Failed, match="reported by the engine"):
+        checks.engine(subject)
 
 
 def test_checks_can_fail(monkeypatch):

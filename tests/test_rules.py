@@ -377,7 +377,7 @@ class TokenScores(nn.Module):
 def test_products_with_a_parameter_are_layers():
     net = check(ready(Tokens(TokenScores())))
     assert net.analysis.pinned_channels == 1, "the score"
-    assert len(net.analysis.weight_units["inner.wide"][0]) == 7
+    assert len(net.analysis.weight_units["t(inner.wide)"][0]) == 7
 
 
 class Folded(nn.Module):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..graph.labels import Role
-from ..graph.program import named_tensors, op_name
-from ..units import Analysis
+from ..graph.program import is_static, named_tensors, op_name, static_value
+from ..units import Analysis, Layer
 
 __all__ = ["magnitude_scores"]
 
@@ -47,10 +47,10 @@ def _magnitudes(model: nn.Module, analysis: Analysis) -> Iterator[tuple[Tensor, 
     for layer in analysis.layers:
         if layer.role == Role.GROUPED and layer.weight is not None:
             weighted.setdefault(layer.weight, layer.out_units)
-    transposed = {layer.weight for layer in analysis.layers if "transpose" in op_name(layer.node)}
+    layers = {layer.weight: layer for layer in analysis.layers}
     for name, units in weighted.items():
-        weight = tensors.get(name)
-        axis = int(name in transposed)
+        weight = _weight(name, layers.get(name), tensors, analysis)
+        axis = int(name in layers and "transpose" in op_name(layers[name].node))
         if weight is not None and weight.dim() > axis and weight.shape[axis] == len(units):
             yield _magnitude(weight.detach().movedim(axis, 0).flatten(1)), units
     for name, (_, units) in analysis.param_units.items():
@@ -58,6 +58,15 @@ def _magnitudes(model: nn.Module, analysis: Analysis) -> Iterator[tuple[Tensor, 
         named_as_scale = name.rpartition(".")[2] in _SCALES and name not in weighted
         if named_as_scale and scale is not None and scale.numel() == len(units):
             yield _magnitude(scale.detach().reshape(-1, 1)), units
+
+
+def _weight(name: str, layer: Layer | None, tensors: dict[str, Tensor], analysis: Analysis) -> Tensor | None:
+    """The parameter of that name, or what the layer reads if that is cut, turned or joined from parameters."""
+    weight = layer.node.args[1] if layer is not None else None
+    if name in tensors or not isinstance(weight, fx.Node) or not is_static(weight):
+        return tensors.get(name)
+    constants = analysis.eval_program.constants
+    return static_value(weight, lambda key: constants[key] if key in constants else tensors[key])
 
 
 def _magnitude(rows: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ..net import SteppingNet
 from ..units import Analysis
 from ..verify import verify
 from ..witness import compare_witnesses, find_units
+from .executed import executed_macs, reached_macs
 from .families import CLASSES, Spec
 
 __all__ = ["STAGES", "build", "check", "perturb", "random_levels"]
@@ -68,9 +69,18 @@ def perturb(model: nn.Module) -> nn.Module:
     return model
 
 
-def random_levels(analysis: Analysis, subnets: int, generator: torch.Generator) -> Tensor:
-    """Random levels 1..subnets; every anchor keeps a unit at level 1."""
+def random_levels(analysis: Analysis, subnets: int, generator: torch.Generator, empty: float = 0.0) -> Tensor:
+    """Random levels 1..subnets; every anchor keeps a unit at level 1.
+
+    Args:
+        empty: share of the groups in which one of the levels from 2 up has no unit.
+    """
     levels = torch.randint(1, subnets + 1, (analysis.num_units,), generator=generator)
+    for group in analysis.groups:
+        if empty and subnets > 1 and float(torch.rand(1, generator=generator)) < empty:
+            missing = int(torch.randint(2, subnets + 1, (1,), generator=generator))
+            own = levels[group.units]
+            levels[group.units] = torch.where(own == missing, missing - 1, own)
     for anchor in analysis.anchors:
         if int(levels[anchor].min()) > 1:
             levels[anchor[0]] = 1
@@ -115,6 +125,11 @@ class Subject:
         self.analysis: Analysis
         self.net: SteppingNet
 
+    def level_vectors(self) -> list[Tensor]:
+        """Random levels: units of all levels in every group, and groups without units of some level."""
+        generator = torch.Generator().manual_seed(1)
+        return [random_levels(self.analysis, SUBNETS, generator, empty) for empty in (0.0, 0.4)]
+
 
 def _relative(a: Tensor, b: Tensor) -> float:
     a, b = a.detach(), b.detach()
@@ -158,17 +173,16 @@ def identity(subject: Subject) -> dict[str, Any]:
 
 
 def train_mode(subject: Subject) -> dict[str, Any]:
-    """In train mode too: same scores, same running statistics after one batch, same random numbers drawn.
+    """In train mode too: same scores and gradients, same running statistics after one batch, same random numbers drawn.
 
     Other buffers may differ: some models fill tables on their first call, which are constants of the captured graph.
     """
     original, net = copy.deepcopy(subject.model).train(), copy.deepcopy(subject.net).train()
     images = torch.cat([subject.images, subject.images.flip(0) * 0.5 + 0.1])
-    with torch.no_grad():
-        torch.manual_seed(1)
-        expected = original(images)
-        torch.manual_seed(1)
-        scores = net.forward_all(images)
+    torch.manual_seed(1)
+    expected = original(images)
+    torch.manual_seed(1)
+    scores = net.forward_all(images)[-1]
     buffers = dict(net.model.named_buffers())
     running = [(n, b) for n, b in original.named_buffers() if "running" in n]
     statistics = max((_relative(buffers[n], b) for n, b in running), default=0.0)
@@ -176,37 +190,62 @@ def train_mode(subject: Subject) -> dict[str, Any]:
     if counters:
         raise Failed(f"batch counters differ: {counters[0]}")
     return {
-        "train_identity": _bounded("class scores differ by", _relative(scores[-1], expected)),
+        "train_identity": _bounded("class scores differ by", _relative(scores, expected)),
         "train_statistics": _bounded("running statistics differ by", statistics),
+        "train_gradient": _bounded("gradients differ by", _gradients_apart(net.model, scores, original, expected)),
     }
+
+
+def _gradients_apart(model: nn.Module, scores: Tensor, original: nn.Module, expected: Tensor) -> float:
+    """Largest difference of the parameters' gradients of a random sum of the scores, relative to the largest one."""
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=expected.dtype)
+    both = []
+    for module, result in ((model, scores), (original, expected)):
+        parameters = list(module.parameters())
+        gradients = torch.autograd.grad((result * weights).sum(), parameters, allow_unused=True)
+        both.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients)])
+    largest = max(float(g.abs().max()) for g in both[1])
+    return max(float((a - b).abs().max()) for a, b in zip(*both)) / max(largest, 1e-300)
 
 
 def nested(subject: Subject) -> dict[str, Any]:
     """At random levels no subnet depends on units that it does not contain, and each can be cut out."""
-    subject.net.set_levels(random_levels(subject.analysis, SUBNETS, torch.Generator().manual_seed(1)))
-    report = verify(subject.net, subject.images, engine=False)
-    if not min(report.response) > 1e-9:
+    reports = []
+    for levels in subject.level_vectors():
+        subject.net.set_levels(levels)
+        reports.append(verify(subject.net, subject.images, engine=False))
+    if not min(reports[0].response) > 1e-9:
         raise Failed("noise in the units above a subnet changes nothing, so nesting is not shown")
     return {
-        "leak": max(report.leak),
-        "response": min(report.response),
-        "extract": max(report.extract_error),
-        "step_gain": min(report.step_gain),
+        "leak": max(max(r.leak) for r in reports),
+        "response": min(reports[0].response),
+        "extract": max(max(r.extract_error) for r in reports),
+        "step_gain": min(reports[0].step_gain),
     }
 
 
 def engine(subject: Subject) -> dict[str, Any]:
-    """Stepping gives the same class scores as the nested net, for as many MACs as the net reports."""
-    deployed = subject.net.deploy()
-    with torch.no_grad():
-        expected = subject.net.forward_all(subject.images)
-    errors = [_relative(s, e) for s, e in zip(deployed.steps(subject.images), expected, strict=True)]
-    if any(a > b for a, b in zip(deployed.macs, subject.net.macs)):
-        raise Failed(f"MACs executed {deployed.macs}, reported {subject.net.macs}")
+    """Stepping gives the same class scores as the nested net, for as many MACs as engine and net report."""
+    errors, idle = [], [0] * SUBNETS
+    for levels in subject.level_vectors()[::-1]:
+        subject.net.set_levels(levels)
+        deployed, reported = subject.net.deploy(), subject.net.macs
+        with torch.no_grad():
+            expected = subject.net.forward_all(subject.images)
+        errors += [_relative(s, e) for s, e in zip(deployed.steps(subject.images), expected, strict=True)]
+        counted = executed_macs(deployed, subject.images[:1])
+        if counted != deployed.macs:
+            raise Failed(f"MACs executed {counted}, reported by the engine {deployed.macs}")
+        if deployed.macs != reported:
+            needed = reached_macs(subject.net, subject.images[:1])
+            if not all(a <= b <= c for a, b, c in zip(needed, deployed.macs, reported)):
+                raise Failed(f"MACs executed {counted}, of the net {reported}, that scores depend on {needed}")
+            idle = [max(k, b - a) for k, a, b in zip(idle, deployed.macs, reported)]
     return {
         "engine": _bounded("stepped class scores differ by", max(errors)),
         "engine_macs": deployed.macs,
-        "subnet_macs": subject.net.macs,
+        "subnet_macs": reported,
+        "idle_macs": idle,  # of units that no class score depends on
     }
 
 

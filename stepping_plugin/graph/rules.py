@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from .labels import Labels, Role, Rule, compress
 from .program import batch_hint, call_arg, is_static, op_name, tensor_inputs
 from .unionfind import FREE
+from .weights import weight_key
 
 __all__ = ["RULES"]
 
@@ -329,17 +330,6 @@ CONVOLUTIONS = (
     "conv_transpose2d.input",
     "conv_transpose1d",
 )
-
-
-def weight_key(weight: fx.Node) -> str:
-    """Name shared by all call sites of a weight: the parameter behind it, or the node that computes it."""
-    node = weight
-    while node.op != "placeholder":
-        sources = [n for n in node.all_input_nodes if n.meta.get("shape", ()) and len(n.meta["shape"]) > 1]
-        if len(sources) != 1:
-            return node.name
-        node = sources[0]
-    return node.meta["tensor"]
 
 
 @rule("linear", *CONVOLUTIONS)

@@ -19,7 +19,8 @@ from torch import Tensor, fx
 
 from ..graph.labels import Role
 from ..graph.program import Program, call_arg, op_name
-from ..graph.rules import reduced_axes, weight_key
+from ..graph.rules import reduced_axes
+from ..graph.weights import is_direct, weight_key
 from ..units import channel_axis
 from . import functional
 from .norm import prefix_norm
@@ -69,6 +70,7 @@ class _Builder:
                 name = node.meta["tensor"]
                 kind = "constant" if name in self.program.constants else "tensor"
                 self.values[node] = self._input(kind, name)
+                self.values[node].meta["source"] = node
             elif node.op == "call_function":
                 self._operator(node)
         output = self.program.graph.output_node().args[0]
@@ -117,7 +119,7 @@ class _Builder:
         self._dispatch(node)
         if node in self.values:  # lets `verify` name the first layer that reads a larger subnet
             described = {key: node.meta.get(key) for key in ("axis", "units", "module")}
-            self.values[node].meta.update(described)
+            self.values[node].meta.update(described, source=node)
 
     def _dispatch(self, node: fx.Node) -> None:
         role = node.meta.get("role")
@@ -127,7 +129,7 @@ class _Builder:
             self._prefix_reduce(node)
         elif node.meta.get("per_level"):
             self._once_per_level(node)
-        elif role == Role.CHANNELS and not (self.standalone and node.args[1].op == "placeholder"):
+        elif role == Role.CHANNELS and not (self.standalone and is_direct(node.args[1])):
             self._masked(node)
         elif role == Role.PREFIX_NORM and self.n > 1 and self._source_units(node) is not None:
             self._prefix_norm(node)

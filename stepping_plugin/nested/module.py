@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from ..errors import SteppingError, explain
 from ..graph.labels import Role
 from ..graph.program import named_tensors, op_name
-from ..graph.rules import weight_key
 from ..graph.slicing import ParameterSlice
+from ..graph.weights import is_direct, weight_key
 from ..units import Analysis
 from .build import NestedGraph, build_nested
 
@@ -140,14 +140,14 @@ def weight_layouts(analysis: Analysis) -> dict[str, tuple[tuple[int, ...], bool]
 
 
 def direct_weights(analysis: Analysis) -> set[str]:
-    """Weights that reach their operator untransformed (not weight-standardised), so that a mask can be folded in."""
+    """Weights that are parameters as they are (not standardised, transposed, sliced): a mask can be folded in."""
     found: dict[str, bool] = {}
     for program in analysis.programs.values():
         for node in program.operators():
             if node.meta.get("role") == Role.CHANNELS:
                 weight: fx.Node = node.args[1]
                 key = weight_key(weight)
-                found[key] = found.get(key, True) and weight.op == "placeholder"
+                found[key] = found.get(key, True) and is_direct(weight)
     return {name for name, direct in found.items() if direct}
 
 
