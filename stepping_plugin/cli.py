@@ -127,6 +127,11 @@ def _add_coverage(commands: Any) -> None:
     )
     which = coverage.add_mutually_exclusive_group()
     which.add_argument("--family-smallest", action="store_true", help="one model per timm module (default)")
+    which.add_argument(
+        "--family-second",
+        action="store_true",
+        help="the next larger variant of every timm module: the smallest with at least 1.3 times the parameters",
+    )
     which.add_argument("--all-variants-under", type=float, metavar="PARAMS", help="every timm model below, e.g. 5e6")
     coverage.add_argument("--jobs", type=int, default=1, help="models at a time (1)")
     coverage.add_argument("--time-limit", type=float, default=600.0, help="seconds per model (600)")
@@ -157,15 +162,23 @@ def _coverage(arguments: argparse.Namespace) -> int:
 
         return _show(arguments, list(structures(arguments.structure)), structure_table)
     limit = arguments.all_variants_under
-    specs = select(arguments.models, arguments.family_smallest, None if limit is None else int(limit))
+    output, say = Path(arguments.output), lambda text: print(text, flush=True)
+    specs = select(
+        arguments.models,
+        arguments.family_smallest,
+        None if limit is None else int(limit),
+        family_second=arguments.family_second,
+        cache=output.with_suffix(".parameters.json"),
+        say=say,
+    )
     rows = run_coverage(
         specs,
-        arguments.output,
+        output,
         jobs=arguments.jobs,
         seconds=arguments.time_limit,
         gib=arguments.memory_limit,
         again=arguments.again,
-        say=lambda text: print(text, flush=True),
+        say=say,
     )
     if arguments.table:
         write_table(arguments.table, rows)

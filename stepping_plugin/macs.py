@@ -31,6 +31,8 @@ def dense_macs(node: fx.Node) -> int:
         return math.prod(first[:-1]) * second[-2] * first[-1] + math.prod(shape) * second[-2]
     if name in ("matmul", "bmm"):
         return math.prod(shape) * first[-1]
+    if name in ("mv", "dot", "vdot"):
+        return math.prod(first)
     if name == "linear":
         return math.prod(shape) * second[-1]
     if "transpose" in name:
@@ -43,7 +45,7 @@ def static_macs(program: Program) -> int:
 
     A plain forward pass repeats them for every batch, so counters see them; the nested net's MACs leave them out.
     """
-    products = ("linear", "conv", "matmul", "bmm", "scaled_dot_product_attention")
+    products = ("linear", "conv", "matmul", "bmm", "mv", "dot", "vdot", "scaled_dot_product_attention")
     nodes = (n for n in program.graph.nodes if n.op == "call_function" and is_static(n))
     return sum(dense_macs(node) for node in nodes if op_name(node).startswith(products))
 

@@ -76,7 +76,7 @@ def _weight_reader(node: fx.Node, weight: fx.Node, levels: Tensor) -> Tensor:
     return first.reshape([*first.shape] + [1] * (len(shape) - 2))
 
 
-_PER_CHANNEL = ("batch_norm", "group_norm", "prelu")
+_PER_CHANNEL = ("batch_norm", "instance_norm", "group_norm", "prelu")
 _ALIGNED = {*ELEMENTWISE, "layer_norm", "rms_norm", "masked_fill.Tensor"}
 
 

@@ -275,7 +275,7 @@ def _static_operands(node: fx.Node, axis: int) -> Iterator[tuple[fx.Node, int]]:
     for operand in (n for n in tensor_inputs(node) if is_static(n)):
         shape = operand.meta.get("shape", ())
         own = axis - (rank - len(shape))
-        if name in ("batch_norm", "group_norm", "prelu") and operand is not node.args[0]:
+        if name in ("batch_norm", "instance_norm", "group_norm", "prelu") and operand is not node.args[0]:
             own = 0 if axis == 1 else -1
         elif name == "linear" or name.startswith("conv"):
             if axis != channel_axis(node) or role in (Role.CARRIED, Role.TAPS):

@@ -1,6 +1,7 @@
 """Coverage runs: which models, what a row says, limits, resuming, the table, the fuzzer."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from torch import nn
 from stepping_plugin import SteppingError
 from stepping_plugin.cli import main
 from stepping_plugin.coverage import check as checks
+from stepping_plugin.coverage import runner
 from stepping_plugin.coverage.families import FAMILIES, TORCHVISION, Spec, select
 from stepping_plugin.coverage.fuzz import check_network, random_network
 from stepping_plugin.coverage.runner import check_in_process, read_results, run_coverage, write_results
 from stepping_plugin.coverage.structure import structure
 from stepping_plugin.coverage.table import markdown_table, summary_lines
+from stepping_plugin.coverage.variants import fitted
 
 SMALL = Spec("test_vit", "vision_transformer", 32, {"img_size": 32, "depth": 2})
 
@@ -99,6 +102,49 @@ def test_limits_leave_a_row():
     assert row["model"] == "test_vit" and row["status"].endswith("not finished after 0 s")
     row = check_in_process(Spec("no_such_model", "nothing", 32), seconds=100, gib=12)
     assert row["status"].startswith("build: ") and "no_such_model" in row["status"]
+
+
+def test_a_process_that_crashes_leaves_a_row(monkeypatch):
+    """The figures of the stages before, and the signal or the last line of what it said."""
+    script = (
+        "import json, os, signal; print(json.dumps({'model': 'm', 'module': 'm', 'stage': 'nested'}), flush=True); "
+    )
+    for end, said in (("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"), ("raise ValueError('why')", "why")):
+        monkeypatch.setattr(runner, "_command", lambda spec, end=end: [sys.executable, "-c", script + end])
+        row = check_in_process(SMALL, seconds=100, gib=12)
+        assert row["status"].startswith("nested: ") and said in row["status"]
+    hungry = "x = bytearray(3 << 30)"
+    monkeypatch.setattr(runner, "_command", lambda spec: [sys.executable, "-c", script + hungry])
+    assert check_in_process(SMALL, seconds=100, gib=1)["status"] == "nested: more than 1 GiB of memory"
+
+
+def test_next_larger_variant_of_a_module(tmp_path):
+    said: list[str] = []
+    cache = tmp_path / "counts.json"
+    (spec,) = select(["tiny_vit"], family_second=True, cache=cache, say=said.append)
+    assert spec == Spec("tiny_vit_11m_224", "tiny_vit", None)
+    assert said[0].startswith("counting the parameters of ")
+    assert select(["tiny_vit"], family_second=True, cache=cache, say=said.append) == [spec] and len(said) == 1
+    (reduced,) = select(["beit"], family_second=True)
+    assert reduced.model == "beit_large_patch16_224" and reduced.kwargs["embed_dim"] == 256
+    with pytest.raises(SteppingError, match="nothing matches"):
+        select(["inception_v4"], family_second=True, say=said.append)
+    assert said[-1] == "no larger variant: inception_v4"
+
+
+def test_variants_below_a_number_of_parameters():
+    assert [s.model for s in select(["lcnet_0*"], all_variants_under=int(2e6))] == [
+        "lcnet_035",
+        "lcnet_050",
+        "lcnet_075",
+    ]
+
+
+def test_smallest_images_that_a_model_runs_on():
+    spec = fitted(Spec("test_vit", "vision_transformer", None))
+    assert (spec.image, spec.kwargs) == (64, {"img_size": 64})
+    assert fitted(Spec("test_resnet", "resnet", None)).kwargs == {}
+    assert fitted(spec) is spec
 
 
 def test_runs_resume(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ from stepping_plugin import CaptureError, verify
 from stepping_plugin.coverage.check import build
 from stepping_plugin.coverage.families import TORCHVISION
 from stepping_plugin.graph.capture import capture
+from stepping_plugin.graph.program import copy_model
+from stepping_plugin.integrations.fvcore import count_macs
 from stepping_plugin.macs import MacModel
 from stepping_plugin.net import SteppingNet
 from stepping_plugin.units import analyse
@@ -77,6 +79,101 @@ class Reused(Stem):
         return self.head(self.norm(x).mean((2, 3)))
 
 
+class Cross(WithMultihead):
+    """Queries of other tokens than keys and values; sequence first; averaged weights used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        x = x[:, :4] + self.attention(x[:, :4], x, x, need_weights=False)[0]
+        x = x.transpose(0, 1)
+        y, weights = self.later(x * 2, x, x)
+        return self.head((x + y).mean(0)) * weights.mean((1, 2))[:, None]
+
+
+class Recurrent(Stem):
+    """GRU in both directions and two layers, then plain recurrent layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(8, 5, 2, batch_first=True, bidirectional=True)
+        self.tanh, self.relu = nn.RNN(10, 6, batch_first=True), nn.RNN(6, 8, nonlinearity="relu", bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tanh(self.gru(self.tokens(x))[0])[0].transpose(0, 1)
+        return self.head(self.relu(x)[0].mean(0))
+
+
+class Matrices(Stem):
+    """Products with matrices of parameters: mm, addmm, einsum, a parameter list, a classifier that is a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = [(8, 8), (8, 6), (6,), (6, 2, 4), (2, 4, 8), (4, 8)]
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(s)) for s in shapes])
+
+    def forward(self, x: Tensor) -> Tensor:
+        square, wide, bias, split, joined, last = self.weights
+        x = torch.mm(self.tokens(x).mean(1), square).relu()
+        x = torch.addmm(bias, x, wide).relu()
+        heads = torch.einsum("bc,chd->bhd", x, split)
+        return torch.einsum("bhd,hdc->bc", heads, joined) @ last.t()
+
+
+class Assigned(Stem):
+    """Assignments to slices, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu_()
+        y = self.again(x)
+        y[:, :4] += x[:, 4:]
+        y[:, :, 1] = y[:, :, 0] * 2
+        return self.head(y.mean((2, 3)))
+
+
+class Volume(nn.Module):
+    """Convolutions in one and three dimensions, transposed ones, instance norm, resizing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.three, self.norm = nn.Conv3d(1, 8, 3, padding=1), nn.InstanceNorm3d(8, affine=True)
+        self.up, self.one = nn.ConvTranspose3d(8, 6, (1, 2, 2), (1, 2, 2)), nn.ConvTranspose1d(6, 8, 2, 2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool3d(self.norm(self.three(x.unsqueeze(1))), (1, 2, 2)).relu()
+        x = nn.functional.adaptive_avg_pool3d(self.up(x), 2).flatten(2)
+        x = nn.functional.interpolate(self.one(x), scale_factor=2.0, mode="linear")
+        return self.head(nn.functional.pad(x, (1, 1), mode="reflect").amax(2))
+
+
+class Parametrised(Stem):
+    """Weight norm, old and new, spectral norm, an orthogonal weight, a low-rank correction, buffers in arithmetic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        new = nn.utils.parametrizations
+        self.one, self.two = new.weight_norm(nn.Linear(8, 6)), new.spectral_norm(nn.Linear(6, 8))
+        self.three, self.four = new.orthogonal(nn.Linear(8, 8)), nn.Linear(8, 8)
+        with pytest.warns(FutureWarning):
+            self.old = nn.utils.weight_norm(nn.Linear(8, 8))
+        self.up, self.down = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 8))
+        self.register_buffer("scale", torch.rand(8) + 0.5)
+        self.register_buffer("step", torch.tensor(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(self.tokens(x)).relu()).relu() * self.scale / (self.step + 1)
+        x = nn.functional.linear(self.three(x).relu(), self.four.weight + self.up @ self.down) + self.scale.cumsum(0)
+        return self.head(self.old(x).relu().mean(1))
+
+
 class Dictionary(Stem):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features = self.tokens(x).mean(1)
@@ -105,21 +202,63 @@ class Pick(nn.Module):
         Nested,
         Reused,
         lambda: Pick(Dictionary(), "logits"),
+        Cross,
+        Recurrent,
+        Matrices,
+        Assigned,
+        Volume,
+        Parametrised,
     ],
-    ids=["multihead", "separate", "weights", "norm-first", "norm-last", "sequential", "reused", "dictionary"],
-)
+    ids=[
+        "multihead", "separate", "weights", "norm-first", "norm-last", "sequential", "reused", "dictionary", "cross",
+        "recurrent", "matrices", "assigned", "volume", "parametrised",
+    ],
+)  # fmt: skip
 def test_user_modules(make):
     torch.manual_seed(0)
     model = randomise(make()).double().eval()
     analysis = analyse(model, SIZE)
     assert analysis.pinned_channels == 0
     levels = torch.ones(analysis.num_units).long()
-    net = SteppingNet(copy.deepcopy(model), analysis, levels, [1, 2, 3], 1).eval()
+    net = SteppingNet(copy_model(model), analysis, levels, [1, 2, 3], 1).eval()
     x = images(SIZE, batch=3)
     with torch.no_grad():
         assert relative(net.forward_all(x)[0], model(x)) < 1e-12
         torch.testing.assert_close(net.train().forward_all(x)[0], model.train()(x), rtol=1e-10, atol=1e-12)
     net.eval().set_levels(random_levels(analysis, 3, 0))
+    report = verify(net, x)
+    assert max(report.leak) == 0 and max(report.extract_error + report.engine_error) < 1e-12
+
+
+class Sorted(Stem):
+    """Operators with several results and no rule, a deviation over channels, attention over batch and heads at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True)
+        self.product = nn.Bilinear(8, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        x = self.hidden(x + self.attention(x, x, x, need_weights=False)[0])
+        x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
+        x = self.last(x).topk(5, 1)[0].relu()
+        return self.head(self.product(x, x.flip(1)).mean(1).sort(1)[0])
+
+
+def test_what_has_no_rule_is_pinned_and_the_rest_moves():
+    torch.manual_seed(0)
+    model = randomise(Sorted()).double().eval()
+    analysis = analyse(model, SIZE)
+    assert set(analysis.unknown) == {"topk", "sort"} and analysis.pinned_channels > 0 and analysis.num_units > 0
+    assert MacModel(analysis).total == count_macs(model, (images(SIZE, batch=1),)).total
+    levels = torch.ones(analysis.num_units).long()
+    net = SteppingNet(copy.deepcopy(model), analysis, levels, [1, 2, 3], 1).eval()
+    x = images(SIZE, batch=3)
+    with torch.no_grad():
+        assert relative(net.forward_all(x)[0], model(x)) < 1e-12
+    net.set_levels(random_levels(analysis, 3, 0))
     report = verify(net, x)
     assert max(report.leak) == 0 and max(report.extract_error + report.engine_error) < 1e-12
 

@@ -228,6 +228,12 @@ def _tensordot(inputs: list[Any], outputs: list[Any]) -> int:
     return out * math.isqrt(a * b // out) if out else 0
 
 
+def _bilinear(inputs: list[Any], outputs: list[Any]) -> int:
+    """A linear layer (..., I) -> (..., O * J) of the first input, and its product with the second (..., J)."""
+    out, (_, first, second) = _shape(outputs[0]), _shape(inputs[2])
+    return math.prod(out) * second * (first + 1)
+
+
 def _linear(inputs: list[Any], outputs: list[Any]) -> int:
     """x (..., in), weight (out, in) or (in,)."""
     weight = _shape(inputs[1])
@@ -324,7 +330,7 @@ _GROUPS: dict[str, dict[str, Handle]] = {
         **{f"conv{n}d": _conv(False) for n in (1, 2, 3)},
         **{f"conv_transpose{n}": _conv(True) for n in ("1d", "2d", "3d", "2d.input", "3d.input")},
     },
-    "linear": {"linear": _linear, "mkldnn_linear": _linear},
+    "linear": {"linear": _linear, "mkldnn_linear": _linear, "bilinear": _bilinear},
     "matmul": {
         **{name: _product(0) for name in ("matmul", "mm", "bmm", "mv", "dot", "vdot", "linalg_matmul")},
         **{name: _product(1) for name in ("addmm", "addmv", "baddbmm", "addbmm")},

@@ -24,6 +24,7 @@ from ..verify import verify
 from ..witness import compare_witnesses, find_units
 from .executed import executed_macs, reached_macs
 from .families import CLASSES, Spec
+from .variants import fitted
 
 __all__ = ["STAGES", "build", "check", "perturb", "random_levels"]
 
@@ -117,7 +118,8 @@ class Subject:
     """A model on its way through the checks; what one check makes, the later ones use."""
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+        self.spec = spec = fitted(spec)
+        assert spec.image is not None
         self.model = build(spec)
         self.size = (3, spec.image, spec.image)
         generator = torch.Generator().manual_seed(0)
@@ -320,6 +322,7 @@ def check(spec: Spec) -> Iterator[dict[str, Any]]:
         "stage": "build",
     }
     subject = Subject(spec)
+    row["image"] = subject.spec.image
     row["parameters"] = sum(p.numel() for p in subject.model.parameters())
     for stage in STAGES:
         row["stage"] = stage.__name__

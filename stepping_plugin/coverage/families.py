@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import SteppingError, nearest
@@ -21,13 +22,13 @@ class Spec:
     Attributes:
         model: timm name, or `torchvision:NAME`.
         module: timm module that defines it.
-        image: height and width of the images.
+        image: height and width of the images; None: the smallest that the model runs on, see `variants.fitted`.
         kwargs: for `timm.create_model`.
     """
 
     model: str
     module: str
-    image: int
+    image: int | None
     kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -173,6 +174,10 @@ def select(
     patterns: Iterable[str] = (),
     family_smallest: bool = False,
     all_variants_under: int | None = None,
+    *,
+    family_second: bool = False,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Spec]:
     """Models of a run, without repetitions.
 
@@ -181,40 +186,28 @@ def select(
             one of the other choices they narrow it down.
         family_smallest: the models of `FAMILIES` and `TORCHVISION`.
         all_variants_under: every timm model with fewer parameters than this.
+        family_second: the next size of every module of timm, see `variants.next_larger`.
+        cache: file that keeps counted parameters, see `variants.parameter_counts`.
+        say: called with lines of progress.
 
     Raises:
         SteppingError: nothing matches.
     """
+    from .variants import next_larger, variants_under
+
     patterns = list(patterns)
-    if family_smallest:
-        specs = list(FAMILIES + TORCHVISION)
+    if family_second:
+        specs = next_larger(patterns, cache, say)
     elif all_variants_under is not None:
-        specs = _variants(all_variants_under)
-    elif patterns:
+        specs = variants_under(all_variants_under, patterns, cache, say)
+    elif patterns and not family_smallest:
         return _by_name(patterns)
     else:
         specs = list(FAMILIES + TORCHVISION)
-    if patterns:
-        specs = [s for s in specs if any(fnmatch.fnmatchcase(n, p) for p in patterns for n in (s.model, s.module))]
+        if patterns:
+            specs = [s for s in specs if any(fnmatch.fnmatchcase(n, p) for p in patterns for n in (s.model, s.module))]
     if not specs:
         raise SteppingError(f"models: nothing matches {', '.join(patterns) or 'the selection'}.")
-    return specs
-
-
-def _variants(limit: int) -> list[Spec]:
-    """Every timm model below a number of parameters, counted on the meta device."""
-    import timm
-    import torch
-
-    specs = []
-    for name in timm.list_models():
-        try:
-            with torch.device("meta"):
-                model = timm.create_model(name, num_classes=CLASSES)
-        except Exception:  # makes its tensors by value: build it for real
-            model = timm.create_model(name, num_classes=CLASSES)
-        if sum(p.numel() for p in model.parameters()) < limit:
-            specs.append(spec_of(name))
     return specs
 
 

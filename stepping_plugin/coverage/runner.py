@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -48,13 +49,15 @@ def run_coverage(
     output = Path(output)
     rows = {row["model"]: row for row in read_results(output)} if output.exists() else {}
     done = {name for name, row in rows.items() if not (again and row["status"] != "ok")}
-    pending = [spec for spec in specs if spec.model not in done]
-    if len(pending) < len(done):
-        say(f"{len(done)} models are in {output} already")
-    for row in _checked(pending, jobs, seconds, gib):
+    wanted = {spec.model: spec for spec in specs}
+    pending = [spec for name, spec in wanted.items() if name not in done]
+    if len(pending) < len(wanted):
+        say(f"{len(wanted) - len(pending)} of {len(wanted)} models are in {output} already")
+    for count, row in enumerate(_checked(pending, jobs, seconds, gib), start=1):
         rows[row["model"]] = row
         write_results(output, rows.values())
-        say(f"{row['model']}: {row['status']} ({row['wall_seconds']:.0f} s, {row.get('pinned_share', 1):.1%} pinned)")
+        pinned = f", {row['pinned_share']:.1%} pinned" if "pinned_share" in row else ""
+        say(f"[{count}/{len(pending)}] {row['model']}: {row['status']} ({row['wall_seconds']:.0f} s{pinned})")
     return list(rows.values())
 
 
@@ -74,11 +77,10 @@ def _checked(specs: list[Spec], jobs: int, seconds: float, gib: float) -> Iterat
 def check_in_process(spec: Spec, seconds: float, gib: float) -> dict[str, Any]:
     """Row of one model. A process that ends early leaves the figures of the stages before."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    command = [sys.executable, "-m", "stepping_plugin.coverage", json.dumps(asdict(spec))]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, stdout=out, stderr=errors, env=environment, preexec_fn=lambda: _limit_memory(gib)
+            _command(spec), stdout=out, stderr=errors, env=environment, preexec_fn=lambda: _prepare(gib)
         )
         try:
             code: int | None = process.wait(timeout=seconds)
@@ -96,9 +98,19 @@ def check_in_process(spec: Spec, seconds: float, gib: float) -> dict[str, Any]:
     return row
 
 
-def _limit_memory(gib: float) -> None:
+def _command(spec: Spec) -> list[str]:
+    return [sys.executable, "-m", "stepping_plugin.coverage", json.dumps(asdict(spec))]
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _prepare(gib: float) -> None:
+    """In the new process: a limit of memory, and on Linux an end together with the process that started it."""
     limit = int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _ending(code: int | None, seconds: float, gib: float, errors: str) -> str:
@@ -108,6 +120,8 @@ def _ending(code: int | None, seconds: float, gib: float, errors: str) -> str:
     lines = errors.strip().splitlines()
     if code == -signal.SIGKILL or any("MemoryError" in line or "can't allocate memory" in line for line in lines[-3:]):
         return f"more than {gib:g} GiB of memory"
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
     return (lines[-1] if lines else f"exit status {code}")[:300]
 
 

@@ -237,9 +237,7 @@ class _Canonicaliser:
         elif name == "_to_copy" and (anchor := self._cast_back(node)) is not None:
             self.values[node] = self._emit(aten.type_as.default, (self.values[node.args[0]], anchor), {}, node)
         elif name == "matmul" and self._is_layer(node.args[1]):
-            x, weight = (self.values[n] for n in node.args)
-            turned = self._emit(aten.t.default, (weight,), {}, (node, node.args[1].meta["val"].t()))
-            self.values[node] = self._emit(aten.linear.default, (x, turned, None), {}, node)
+            self.values[node] = self._linear(node)
         elif name == "copy" and node.args[0].meta["val"].shape == node.args[1].meta["val"].shape:
             self.values[node] = self.values[node.args[1]]  # what an assignment to a slice leaves
         elif name == "scaled_dot_product_attention" and _has_one_head(node):
@@ -276,9 +274,24 @@ class _Canonicaliser:
         return self._emit(aten.matmul.default, (result, value), {}, node)
 
     def _is_layer(self, matrix: fx.Node) -> bool:
-        """Whether a product with a matrix is a linear layer: a parameter (I, O) that no shape confuses with (O, I)."""
-        value, shape = self.values[matrix], matrix.meta["val"].shape
-        return value.op == "placeholder" and value.meta.get("tensor") in self.own and len(set(shape)) == 2 == len(shape)
+        """Whether a product with a matrix (I, O) is a linear layer: it is made from parameters and buffers only."""
+        pending, seen = [self.values[matrix]], {self.values[matrix]}
+        while pending:
+            new = [n for n in pending.pop().all_input_nodes if n not in seen]
+            seen.update(new)
+            pending.extend(new)
+        named = [n.meta.get("tensor") in self.own for n in seen if n.op == "placeholder"]
+        return matrix.meta["val"].dim() == 2 and bool(named) and all(named) and not any(map(_is_random, seen))
+
+    def _linear(self, node: fx.Node) -> fx.Node:
+        """A product with a matrix (I, O) as a linear layer. What turned a parameter (O, I) is left out."""
+        x, matrix = (self.values[n] for n in node.args)
+        turned = op_name(matrix) == "t" or (op_name(matrix) == "transpose.int" and len(matrix.meta["shape"]) == 2)
+        if matrix.op == "call_function" and turned:
+            weight = matrix.args[0]
+        else:
+            weight = self._emit(aten.t.default, (matrix,), {}, (node, node.args[1].meta["val"].t()))
+        return self._emit(aten.linear.default, (x, weight, None), {}, node)
 
     def _cast_back(self, node: fx.Node) -> fx.Node | None:
         """The parameter to whose type a value made from it is cast (a resampled position embedding), if that is all.
@@ -405,6 +418,10 @@ def _first(node: fx.Node) -> tuple[fx.Node, Tensor]:
     return node, node.meta["val"][0]
 
 
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def _mark_static(program: Program) -> None:
     """Mark nodes that depend on parameters only. Random operators are not static."""
     for node in program.graph.nodes:
@@ -412,6 +429,6 @@ def _mark_static(program: Program) -> None:
             node.meta["static"] = node is not program.image
         elif node.op == "call_function":
             inputs = list(flat_nodes((node.args, tuple(node.kwargs.values()))))
-            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            random = _is_random(node)
             made_of_batch = any("batch" in n.meta for n in inputs)
             node.meta["static"] = not random and not made_of_batch and all(n.meta.get("static") for n in inputs)

@@ -39,50 +39,92 @@ def lstm(
     Returns:
         Outputs (B, T, directions * H) or (T, B, ...), last hidden and last cell states.
     """
+    options = has_biases, num_layers, dropout, train, bidirectional, batch_first
+    x, (hidden, cells) = _recurrent(_lstm_cell, 4, x, list(hx), params, *options)
+    return x, hidden, cells
+
+
+def recurrent(cell: Cell, gates: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`aten.gru.input` and `aten.rnn_*.input` in elementary operators: arguments of `lstm`, with one state."""
+
+    def unrolled(x: Tensor, hx: Tensor, params: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
+        x, (hidden,) = _recurrent(cell, gates, x, [hx], params, *options)
+        return x, hidden
+
+    return unrolled
+
+
+# One time step: input gates, state (hidden first), the recurrent layer -> new state.
+Cell = Callable[[Tensor, list[Tensor], Callable[[Tensor], Tensor]], list[Tensor]]
+
+
+def _lstm_cell(x: Tensor, state: list[Tensor], layer: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    h, c = state
+    enter, forget, new, out = _gates(x + layer(h), 4)
+    c = torch.sigmoid(forget) * c + torch.sigmoid(enter) * torch.tanh(new)
+    return [torch.sigmoid(out) * torch.tanh(c), c]
+
+
+def _gru_cell(x: Tensor, state: list[Tensor], layer: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    (h,) = state
+    reset, update, new = _gates(x, 3)
+    own_reset, own_update, own_new = _gates(layer(h), 3)
+    kept = torch.sigmoid(update + own_update)
+    candidate = torch.tanh(new + torch.sigmoid(reset + own_reset) * own_new)
+    return [(1 - kept) * candidate + kept * h]
+
+
+def _tanh_cell(x: Tensor, state: list[Tensor], layer: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    return [torch.tanh(x + layer(state[0]))]
+
+
+def _relu_cell(x: Tensor, state: list[Tensor], layer: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    return [torch.relu(x + layer(state[0]))]
+
+
+def _gates(x: Tensor, count: int) -> list[Tensor]:
+    size = x.shape[-1] // count
+    return [x[..., k * size : (k + 1) * size] for k in range(count)]
+
+
+def _recurrent(
+    cell: Cell, gates: int, x: Tensor, states: list[Tensor], params: Sequence[Tensor], has_biases: bool,
+    num_layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """All layers and directions of a recurrent network: outputs, and per kind of state the last ones, stacked."""
     directions, each, time = 1 + bidirectional, 4 if has_biases else 2, int(batch_first)
     if len(params) != num_layers * directions * each:
         raise NotImplementedError("LSTM with proj_size")
-    hidden, cells = [], []
+    last: list[list[Tensor]] = []
     for layer in range(num_layers):
         outputs = []
         for direction in range(directions):
             k = layer * directions + direction
-            w_ih, w_hh, *biases = params[k * each : (k + 1) * each]
-            b_ih, b_hh = biases or (None, None)
-            result, h, c = _one_direction(x, hx[0][k], hx[1][k], w_ih, w_hh, b_ih, b_hh, time, bool(direction))
+            weights = params[k * each : (k + 1) * each]
+            result, state = _one_direction(cell, gates, x, [s[k] for s in states], weights, time, bool(direction))
             outputs.append(result)
-            hidden.append(h)
-            cells.append(c)
+            last.append(state)
         x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
         if dropout and layer < num_layers - 1:
             x = F.dropout(x, dropout, train)
-    return x, torch.stack(hidden), torch.stack(cells)
+    return x, [torch.stack(kind) for kind in zip(*last)]
 
 
 def _one_direction(
-    x: Tensor,
-    h: Tensor,
-    c: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    time: int,
-    backwards: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    steps, size = x.shape[time], w_hh.shape[1]
+    cell: Cell, gates: int, x: Tensor, state: list[Tensor], weights: Sequence[Tensor], time: int, backwards: bool
+) -> tuple[Tensor, list[Tensor]]:
+    w_ih, w_hh, *biases = weights
+    b_ih, b_hh = biases or (None, None)
+    steps = x.shape[time]
     from_inputs = F.linear(x, w_ih, b_ih)
     # The initial state gets the units of the hidden channels from the tensors that it is added to.
-    nothing = torch.zeros_like(from_inputs.select(time, 0)[..., :size])
-    h, c = h + nothing, c + nothing
+    nothing = torch.zeros_like(_gates(from_inputs.select(time, 0), gates)[0])
+    state = [s + nothing for s in state]
     outputs: list[Tensor] = []
     for t in reversed(range(steps)) if backwards else range(steps):
-        gates = from_inputs.select(time, t) + F.linear(h, w_hh, b_hh)
-        enter, forget, new, out = (gates[..., k * size : (k + 1) * size] for k in range(4))
-        c = torch.sigmoid(forget) * c + torch.sigmoid(enter) * torch.tanh(new)
-        h = torch.sigmoid(out) * torch.tanh(c)
-        outputs.append(h)
-    return torch.stack(outputs[::-1] if backwards else outputs, time), h, c
+        state = cell(from_inputs.select(time, t), state, lambda h: F.linear(h, w_hh, b_hh))
+        outputs.append(state[0])
+    return torch.stack(outputs[::-1] if backwards else outputs, time), state
 
 
 def einsum(equation: str, operands: Sequence[Tensor], *, path: Any = None) -> Tensor:
@@ -108,7 +150,7 @@ def einsum(equation: str, operands: Sequence[Tensor], *, path: Any = None) -> Te
         a = a.reshape([size[k] for k in shared + rows] + [depth])
     if not rows:
         a = a.unsqueeze(-2)
-    b = b.reshape([size[k] for k in shared] + [1] * (len(rows) - 1) + [depth, width])
+    b = b.reshape([size[k] for k in shared] + [1] * (len(rows) - 1 if shared else 0) + [depth, width])
     product = (a @ b).reshape([size[k] for k in shared + rows + columns])
     order = shared + rows + columns
     return product.permute([order.index(k) for k in result])
@@ -120,5 +162,64 @@ def glu(x: Tensor, dim: int = -1) -> Tensor:
     return value * torch.sigmoid(gate)
 
 
+def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """`aten.addmm` and `aten.baddbmm`: a product and a sum."""
+    product = a @ b if alpha == 1 else (a @ b) * alpha
+    return product + (bias if beta == 1 else bias * beta)
+
+
+def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`aten.bilinear`: a linear layer (..., I) -> (..., O, J), and its product with b (..., J)."""
+    outputs, first, second = weight.shape
+    rows = a @ weight.permute(1, 0, 2).reshape(first, outputs * second)
+    result = (rows.reshape([*rows.shape[:-1], outputs, second]) @ b.unsqueeze(-1)).squeeze(-1)
+    return result if bias is None else result + bias
+
+
+def slice_scatter(
+    x: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    """`aten.slice_scatter`, an assignment to a slice: what lies before it, the new values, what lies behind."""
+    if step != 1:
+        return NotImplemented
+    first, last, _ = slice(start, end).indices(x.shape[dim])
+    pieces = [x.narrow(dim, 0, first), source, x.narrow(dim, last, x.shape[dim] - last)]
+    return torch.cat([p for p in pieces if p.shape[dim]], dim)
+
+
+def select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
+    """`aten.select_scatter`, an assignment to one place of an axis."""
+    place = index % x.shape[dim]
+    return slice_scatter(x, source.unsqueeze(dim), dim, place, place + 1)
+
+
+def variance(x: Tensor, dim: Sequence[int] | None, unbiased: bool = True, keepdim: bool = False) -> Tensor:
+    """`aten.var.dim` in the form that has a rule."""
+    return torch.var(x, dim, correction=int(unbiased), keepdim=keepdim)
+
+
+def deviation(
+    x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> Tensor:
+    """`aten.std.correction`: the root of a variance."""
+    return torch.var(x, dim, correction=1 if correction is None else correction, keepdim=keepdim).sqrt()
+
+
 aten = torch.ops.aten
-DECOMPOSITIONS: dict[Any, Callable] = {aten.lstm.input: lstm, aten.einsum.default: einsum, aten.glu.default: glu}
+DECOMPOSITIONS: dict[Any, Callable] = {
+    aten.addmm.default: addmm,
+    aten.baddbmm.default: addmm,
+    aten.bilinear.default: bilinear,
+    aten.einsum.default: einsum,
+    aten.glu.default: glu,
+    aten.gru.input: recurrent(_gru_cell, 3),
+    aten.lstm.input: lstm,
+    aten.mm.default: torch.matmul,
+    aten.rnn_relu.input: recurrent(_relu_cell, 1),
+    aten.rnn_tanh.input: recurrent(_tanh_cell, 1),
+    aten.select_scatter.default: select_scatter,
+    aten.slice_scatter.default: slice_scatter,
+    aten.std.correction: deviation,
+    aten.std.dim: lambda x, dim, unbiased=True, keepdim=False: variance(x, dim, unbiased, keepdim).sqrt(),
+    aten.var.dim: variance,
+}

@@ -67,12 +67,17 @@ class Labels:
     role: dict[fx.Node, str] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     pins: list[Pin] = field(default_factory=list)
-    unknown: Counter = field(default_factory=Counter)
+    without_rule: set[fx.Node] = field(default_factory=set)
+
+    @property
+    def unknown(self) -> Counter:
+        """Operators without a rule that read units -> number of times."""
+        return Counter(op_name(node) for node in self.without_rule)
 
     def of(self, node: fx.Node) -> Tensor:
         """Compressed label tensor of a node (all `FREE` for static nodes), rank of the node's output."""
-        if node not in self.raw:
-            return torch.zeros([1] * len(node.meta["shape"]), dtype=torch.long)
+        if node not in self.raw:  # static, or a list of tensors that an operator without a rule returned
+            return torch.zeros([1] * len(node.meta.get("shape", ())), dtype=torch.long)
         return compress(self.sets.find(self.raw[node]))
 
     def is_free(self, node: fx.Node) -> bool:
@@ -181,7 +186,6 @@ def propagate(
         labels.raw[program.image] = torch.zeros([1] * len(program.image.meta["shape"]), dtype=torch.long)
     for _ in range(MAX_PASSES):
         version = labels.sets.version
-        labels.unknown.clear()
         for node in nodes:
             _label(labels, node, rules)
         if labels.sets.version == version:
@@ -223,9 +227,10 @@ HEAD_OPERATORS = {"linear", "conv2d", "conv1d", "addmm", "mm"}
 
 
 def _label(labels: Labels, node: fx.Node, rules: dict[str, Rule]) -> None:
-    if "shape" not in node.meta:
-        return
     labels.per_level.discard(node)
+    if "shape" not in node.meta:
+        _unknown(labels, node)
+        return
     rule = rules.get(op_name(node))
     result = rule(labels, node) if rule else None
     if result is None:
@@ -243,11 +248,11 @@ def _unknown(labels: Labels, node: fx.Node) -> Tensor:
     inputs = [n for n in tensor_inputs(node) if not is_static(n)]
     for source in inputs:
         if not labels.is_free(source):
-            labels.unknown[op_name(node)] += 1
+            labels.without_rule.add(node)
             labels.pin(labels.of(source), node, "no rule for this operator")
     if any(n in labels.per_level for n in inputs):
         labels.per_level.add(node)
-    return torch.zeros([1] * len(node.meta["shape"]), dtype=torch.long)
+    return torch.zeros([1] * len(node.meta.get("shape", ())), dtype=torch.long)
 
 
 def _one_axis_per_tensor(labels: Labels, nodes: list[fx.Node]) -> None:

@@ -104,7 +104,7 @@ class Operands(ABC):
             return self._plain(node)
         if name == "linear" or name.startswith("conv"):
             return self._weighted(node), {}
-        if name == "batch_norm":
+        if name in ("batch_norm", "instance_norm"):
             return self._batch_norm(node)
         if name in ("layer_norm", "rms_norm", "group_norm") and self.changed(node):
             return self._norm(node, name), {}

@@ -6,13 +6,14 @@ pinned to level 1). To add an operator, register a rule under its ATen name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .labels import Labels, Role, Rule, compress
+from .labels import Labels, Role, Rule, compress, labelled_axis
 from .program import batch_hint, call_arg, is_static, op_name, tensor_inputs
 from .unionfind import FREE
 from .weights import weight_key
@@ -150,7 +151,8 @@ def concatenate(labels: Labels, node: fx.Node) -> Tensor | None:
     sizes = [1 if stacked else shape_of(p)[dim] for p in pieces]
     elsewhere = any(part.shape[d] > 1 for part in parts for d in range(rank) if d != dim)
     if elsewhere and not any(part.shape[dim] > 1 for part in parts) and not stacked:
-        return labels.join(parts, rank)  # pieces along the token axis: all carry the channels' labels
+        joined = labels.join(parts, rank)  # pieces along the token axis: all carry the channels' labels
+        return _pin_beside_batch(labels, node, joined, pieces)
     widths = [max(part.shape[d] for part in parts) for d in range(rank)]
     spread = [p.expand([s if d == dim else widths[d] for d in range(rank)]) for p, s in zip(parts, sizes, strict=True)]
     return compress(torch.cat(spread, dim))
@@ -180,7 +182,18 @@ def elementwise(labels: Labels, node: fx.Node) -> Tensor | None:
     joined = labels.join([labels.of(n) for n in inputs], len(shape_of(node)))
     if any(n in labels.per_level for n in inputs) and not bool((joined != FREE).any()):
         labels.per_level.add(node)
-    return joined
+    return _pin_beside_batch(labels, node, joined, inputs)
+
+
+def _pin_beside_batch(labels: Labels, node: fx.Node, joined: Tensor, operands: list[fx.Node]) -> Tensor:
+    """Where units and the batch share an axis, a tensor without units cannot be cut for fewer of them."""
+    axis = labelled_axis(compress(joined))
+    if axis is not None and axis == node.meta.get("batch_axis"):
+        for operand in operands:
+            own = axis - len(shape_of(node)) + len(shape_of(operand))
+            if own >= 0 and shape_of(operand)[own] > 1 and labels.of(operand).shape[own] == 1:
+                labels.pin(joined, node, "a tensor without units on the axis of batch and units")
+    return labels.sets.find(joined)
 
 
 @rule("new_empty", "new_zeros", "new_ones", "new_full")
@@ -195,6 +208,12 @@ def made_from_size(labels: Labels, node: fx.Node) -> Tensor | None:
 def batch_norm(labels: Labels, node: fx.Node) -> Tensor | None:
     passed = pass_per_level(labels, node)
     return passed if passed is not None else labels.of(node.args[0])
+
+
+@rule("instance_norm")
+def instance_norm(labels: Labels, node: fx.Node) -> Tensor | None:
+    passed = pass_per_level(labels, node)
+    return passed if passed is not None else labels.merge(labels.of(node.args[0]), range(2, len(shape_of(node))))
 
 
 @rule("layer_norm", "rms_norm")
@@ -252,7 +271,7 @@ def reduction(labels: Labels, node: fx.Node) -> Tensor | None:
     labels.role.pop(node, None)
     if any(label.shape[d] > 1 for d in dims):
         varying = [d for d in range(rank) if label.shape[d] > 1]
-        if _has_prefix_form(node) and len(varying) == 1 and labels.units_after_merge(label, dims) <= 1:
+        if _has_prefix_form(node, varying) and len(varying) == 1 and labels.units_after_merge(label, dims) <= 1:
             labels.role[node] = Role.PREFIX_REDUCE
             labels.per_level.add(node)
             return free(node)
@@ -263,10 +282,19 @@ def reduction(labels: Labels, node: fx.Node) -> Tensor | None:
     return label
 
 
-def _has_prefix_form(node: fx.Node) -> bool:
-    """Means, extremes, variances and L2 norms have one; other norms join the units."""
-    name = op_name(node)
-    return name in PREFIX_REDUCTIONS and not (name == "linalg_vector_norm" and call_arg(node, "ord", 2) != 2)
+def _has_prefix_form(node: fx.Node, varying: list[int]) -> bool:
+    """Means, extremes, variances and L2 norms have one; other norms join the units.
+
+    An unbiased variance needs more than one number: those of one channel must be enough.
+    """
+    name, shape = op_name(node), shape_of(node.args[0])
+    if name == "linalg_vector_norm":
+        return call_arg(node, "ord", 2) == 2
+    if name == "var.correction":
+        numbers = math.prod(shape[d] for d in reduced_axes(node) if d not in varying)
+        correction = call_arg(node, "correction")
+        return numbers > (1 if correction is None else correction)
+    return name in PREFIX_REDUCTIONS
 
 
 def reduced_axes(node: fx.Node) -> list[int]:
@@ -279,13 +307,18 @@ def reduced_axes(node: fx.Node) -> list[int]:
 
 
 SPATIAL = {
-    "max_pool2d": 2, "avg_pool2d": 2, "adaptive_avg_pool2d": 2, "adaptive_max_pool2d": 2, "avg_pool1d": 1,
-    "adaptive_avg_pool1d": 1, "adaptive_max_pool1d": 1, "max_pool1d": 1, "max_pool3d": 3, "avg_pool3d": 3,
-    "upsample_nearest2d.vec": 2,
-    "upsample_bilinear2d.vec": 2, "upsample_bicubic2d.vec": 2, "upsample_bilinear2d": 2, "upsample_nearest2d": 2,
-    "upsample_bicubic2d": 2, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
-    "reflection_pad2d": 2, "replication_pad2d": 2,
-}  # fmt: skip
+    name: rank
+    for rank, names in {
+        1: "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d.vec upsample_linear1d.vec "
+        "reflection_pad1d replication_pad1d",
+        2: "avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d.vec upsample_nearest2d "
+        "upsample_bilinear2d.vec upsample_bilinear2d upsample_bicubic2d.vec upsample_bicubic2d _upsample_bilinear2d_aa "
+        "_upsample_bicubic2d_aa reflection_pad2d replication_pad2d",
+        3: "avg_pool3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d.vec "
+        "upsample_trilinear3d.vec reflection_pad3d replication_pad3d",
+    }.items()
+    for name in names.split()
+}
 
 
 @rule(*SPATIAL)
@@ -327,8 +360,10 @@ CONVOLUTIONS = (
     "conv3d",
     "conv2d.padding",
     "conv1d.padding",
-    "conv_transpose2d.input",
+    "conv3d.padding",
     "conv_transpose1d",
+    "conv_transpose2d.input",
+    "conv_transpose3d.input",
 )
 
 
@@ -415,6 +450,8 @@ def matmul(labels: Labels, node: fx.Node) -> Tensor | None:
     """Products of two computed matrices: units of both join, except along axes that neither contracts nor spans."""
     a, b = node.args[:2]
     rank = len(shape_of(node))
+    if (is_static(a) or is_static(b)) and (passed := pass_per_level(labels, node)) is not None:
+        return passed
     if is_static(b):
         return _times_matrix(labels, node, labels.of(a), -1)
     if is_static(a):

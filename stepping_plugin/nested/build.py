@@ -200,7 +200,8 @@ class _Builder:
         if source in self.per_level:
             self._once_per_level(node)
             return
-        if units is None or self.standalone:  # the same scores for all subnets that are asked for
+        last_only = self.standalone and not _read_by_units(node)
+        if units is None or last_only:  # the same scores for all subnets that are asked for
             self._same_for_all(node)
             return
         axis = channel_axis(source, node)
@@ -253,6 +254,17 @@ class _Builder:
             1 if correction is None else correction,
         )  # fmt: skip
         self.per_level[node] = self._unpack(listed)
+
+
+def _read_by_units(node: fx.Node) -> bool:
+    """Whether a value per level is read by channels, each at its own level, and not only on the way to the scores."""
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            if user.op == "call_function" and not user.meta.get("per_level"):
+                return True
+            pending.append(user)
+    return False
 
 
 def build_nested(program: Program, n: int, standalone: bool = False) -> NestedGraph:
