@@ -1,7 +1,7 @@
 """One step program: a plain graph that computes the slices of one level from the caches of lower levels.
 
 Every operator of the eval program is emitted once per level, on the positions of that level. A weight between
-units reads the *prefix* of its input: what lower levels left in a cache, and the slice of this level. Caches
+units reads the *prefix* of its input: the slices that lower levels left in caches, and that of this level. Caches
 are named; a step program lists which ones it takes and which new ones it returns.
 """
 
@@ -93,10 +93,11 @@ class _Step(StepGraph):
         return StepProgram(self.level, fx.GraphModule(self.root, self.graph), tuple(self.caches), tuple(outputs), macs)
 
     def _keep_wanted(self) -> None:
-        """Bring every cache that later steps read up to this level."""
+        """Keep what this level computes and later steps read."""
         for node in self.plan.program.graph.nodes:
-            if node.name in self.wanted and not is_static(node) and self._is_available(node):
-                self.prefix(node)
+            name = self.part_name(node, self.level)
+            if name in self.wanted and not is_static(node) and self._is_available(node):
+                self.keep(name, self.value(node), node)
 
     def _count_macs(self, node: fx.Node) -> None:
         """Note the MACs of this level on the node that executes them; what turns out dead is dropped with its

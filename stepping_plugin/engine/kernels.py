@@ -1,4 +1,4 @@
-"""The few functions, besides ATen operators, that step programs call: prefixes and norms that grow by level.
+"""The few functions, besides ATen operators, that step programs call: norms that grow by level.
 
 Plain tensors in and out, made of ATen operators, so that they can be traced, exported and compiled. Statistics are
 taken in two passes (mean, then deviations), which many short rows make faster than the fused operators.
@@ -11,14 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["KERNELS", "extend", "first_norm", "merge_moments", "moments", "next_norm"]
+__all__ = ["KERNELS", "first_norm", "merge_moments", "moments", "next_norm"]
 
 _SHORT = 32  # rows below this length: the fused layer norm costs more than its parts
-
-
-def extend(prefix: Tensor, part: Tensor, axis: int) -> Tensor:
-    """What a tensor holds up to one level: the positions of lower levels, and behind them those of this level."""
-    return torch.cat([prefix, part], axis)
 
 
 def moments(x: Tensor, axes: list[int], keepdim: bool = True) -> tuple[Tensor, Tensor]:
@@ -108,4 +103,4 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-KERNELS = {f.__name__: f for f in (extend, first_norm, merge_moments, moments, next_norm)}
+KERNELS = {f.__name__: f for f in (first_norm, merge_moments, moments, next_norm)}
