@@ -20,7 +20,8 @@ ACTIVATIONS = {"none": None, "gelu": aten.gelu.default, "relu": aten.relu.defaul
 @pytest.mark.parametrize("kind", ["linear", "pointwise"])
 def test_products_of_slices_side_by_side(monkeypatch, kind, outputs, widths, activation, limits):
     monkeypatch.setattr(fast, "_MANY_NUMBERS", limits[0])
-    monkeypatch.setattr(fast, "_MANY_ROWS", limits[1])
+    for name in ("_MANY_ROWS", "_MANY_MACS", "_MANY_MACS_ACTIVE"):
+        monkeypatch.setattr(fast, name, limits[1])
     torch.manual_seed(0)
     weight, bias, x = torch.randn(outputs, 24), torch.randn(outputs), torch.randn(2, 5, 6, 24)
     target = ACTIVATIONS[activation]

@@ -22,7 +22,9 @@ __all__ = [
 Function = Callable[..., Any]
 aten = torch.ops.aten
 
-_MANY_ROWS = 768  # oneDNN starts a product more slowly than BLAS (12 us), and then runs it faster
+# oneDNN starts a product more slowly than BLAS (12 us) and runs it faster, with the activation most of all.
+_MANY_MACS, _MANY_MACS_ACTIVE = 5_000_000, 2_000_000
+_FEW_OUTPUTS, _MANY_ROWS = 16, 768  # BLAS is slow at long and narrow results
 _MANY_NUMBERS = 750_000  # putting more than 3 MB together costs more than several products that are added
 
 # Activations: operator -> (oneDNN's name or None, in-place form). oneDNN's relu, hardtanh and hardsigmoid turn NaN
@@ -94,11 +96,14 @@ def _rows(weight: Tensor, bias: Tensor | None, activation: Activation | None, on
         return blas
     product, pack = torch.ops.mkldnn._linear_pointwise.default._op, torch.ops.mkldnn._reorder_linear_weight.default._op
     name, algorithm, rest = _split(activation)
+    few_rows = (_MANY_MACS if rest is activation else _MANY_MACS_ACTIVE) // max(1, weight.numel())
+    if len(weight) < _FEW_OUTPUTS:
+        few_rows = min(few_rows, _MANY_ROWS)
     nothing: list[float] = []
     packed: list[Tensor] = []
 
     def rows(x: Tensor) -> Tensor:
-        if x.shape[0] < _MANY_ROWS:
+        if x.shape[0] < few_rows:
             return blas(x)
         if not packed:
             packed.append(pack(weight, len(x)))

@@ -48,6 +48,8 @@ def first_norm(
     """
     count = math.prod(x.shape[a] for a in axes)
     if centred and axes == [x.dim() - 1] and count >= _SHORT and x.dtype in (torch.float32, torch.float64):
+        if weight is None and bias is None:  # for which PyTorch has no vectorised kernel
+            weight, bias = x.new_ones(count), x.new_zeros(count)
         return torch.native_layer_norm(x, [count], weight, bias, eps)
     wide = _wide(x)
     mean = wide.mean(axes, keepdim=True) if centred else None
