@@ -199,6 +199,8 @@ class _Step(StepGraph):
         own, axes = self.positions(node), normalised_axes(node)
         weight, bias, eps, centred = norm_options(node)
         affine = [self._channel_shaped(p, node, own) for p in (weight, bias)]
+        if self.level == 1 and affine == [None, None] and op_name(node) == "layer_norm":
+            affine = self._neutral(node, len(own))
         value, names = self.value(source), (f"{node.name}.mean", f"{node.name}.scale")
         if self.level == 1:
             several = self.call(kernels.first_norm, value, axes, *affine, eps, centred)
@@ -210,6 +212,11 @@ class _Step(StepGraph):
         for name, statistic in zip(names, statistics, strict=True):
             self.keep(name, statistic, source)
         return result
+
+    def _neutral(self, node: fx.Node, width: int) -> list[fx.Node | None]:
+        """Weight and bias that change nothing: PyTorch's layer norm is slow without them."""
+        options = {"dtype": self.plan.dtype, "device": self.plan.device}
+        return [self.tensor(torch.full((width,), x, **options), ("neutral", x, width)) for x in (1.0, 0.0)]
 
     def _channel_shaped(self, parameter: fx.Node | None, node: fx.Node, own: Tensor) -> fx.Node | None:
         """Weight or bias of a prefix norm at the channels of this level."""

@@ -46,12 +46,10 @@ def first_norm(
         eps: added to the variance.
         centred: False for RMS norm, whose mean is 0 (returned as the scale, which has the shape).
     """
-    count = math.prod(x.shape[a] for a in axes)
-    if centred and axes == [x.dim() - 1] and count >= _SHORT and x.dtype in (torch.float32, torch.float64):
-        if weight is None and bias is None:  # for which PyTorch has no vectorised kernel
-            weight, bias = x.new_ones(count), x.new_zeros(count)
-        return torch.native_layer_norm(x, [count], weight, bias, eps)
-    wide = _wide(x)
+    width = x.shape[-1]
+    if centred and axes == [x.dim() - 1] and width >= _SHORT and x.dtype in (torch.float32, torch.float64):
+        return torch.native_layer_norm(x, [width], weight, bias, eps)
+    wide, count = _wide(x), math.prod(x.shape[a] for a in axes)
     mean = wide.mean(axes, keepdim=True) if centred else None
     deviations = wide.clone() if mean is None else wide - mean
     scale = _squares(deviations, axes, True).mul_(1 / count).add_(eps).rsqrt_()

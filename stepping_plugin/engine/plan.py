@@ -28,7 +28,9 @@ class Plan:
 
     def __init__(self, program: Program, levels: Tensor, num_subnets: int, lookup: Callable[[str], Tensor]) -> None:
         self.program = fold_batch_norms(program)
-        self.device = next((lookup(n.meta["tensor"]).device for n in program.tensor_nodes()), torch.device("cpu"))
+        tensors = [lookup(n.meta["tensor"]) for n in program.tensor_nodes()]
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
         self.levels, self.num_subnets, self.lookup = levels, num_subnets, lookup
         self._statics: dict[fx.Node, Tensor] = {}
         self._positions: dict[tuple[fx.Node, int], Tensor] = {}
