@@ -98,6 +98,9 @@ class _Step(StepGraph):
             name = self.part_name(node, self.level)
             if name in self.wanted and not is_static(node) and self._is_available(node):
                 self.keep(name, self.value(node), node)
+            size = self.plan.patch_size(node)
+            if self.level == 1 and f"{self.plan.program.image.name}.patches{size}" in self.wanted:
+                self._patches(size)
 
     def _count_macs(self, node: fx.Node) -> None:
         """Note the MACs of this level on the node that executes them; what turns out dead is dropped with its
@@ -122,6 +125,8 @@ class _Step(StepGraph):
 
     def _operator(self, node: fx.Node) -> fx.Node:
         role, source = node.meta.get("role"), node.args[0] if node.args else None
+        if self.plan.patch_size(node):
+            return self._patch_product(node)
         if role == Role.HEAD:
             return self._head(node)
         if role == Role.PREFIX_REDUCE:
@@ -139,6 +144,30 @@ class _Step(StepGraph):
         if node in self.values:
             return self.values[node]
         return self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+
+    def _patch_product(self, node: fx.Node) -> fx.Node:
+        """A convolution that cuts the images into large squares: a linear layer on those, which are laid out once."""
+        size = self.plan.patch_size(node)
+        weight = self.plan.static(node.args[1]).flatten(1).index_select(0, self.positions(node).to(self.plan.device))  # type: ignore[arg-type]
+        bias = self.static(call_arg(node, "bias"), (0, self.positions(node)))
+        rows = self.call(aten.linear.default, self._patches(size), self.tensor(weight, (node, "patches")), bias)
+        shape = [self.batch(1), len(weight), *node.meta["shape"][2:]]
+        return self.call(aten.reshape.default, self.call(aten.permute.default, rows, [0, 2, 1]), shape)
+
+    def _patches(self, size: int) -> fx.Node:
+        """The images as (B, squares, C * size * size)."""
+        image = self.plan.program.image
+        name = f"{image.name}.patches{size}"
+        if self.level > 1:
+            return self.cache(name, image)
+        if name not in self.made:
+            channels, height, width = image.meta["shape"][1:]
+            cut = [self.batch(1), channels, height // size, size, width // size, size]
+            squares = self.call(aten.reshape.default, self.value(image), cut)
+            squares = self.call(aten.permute.default, squares, [0, 2, 4, 1, 3, 5])
+            flat = [self.batch(1), cut[2] * cut[4], channels * size * size]
+            self.keep(name, self.call(aten.reshape.default, squares, flat), image)
+        return self.made[name]
 
     def _picked(self, node: fx.Node) -> tuple[tuple, dict]:
         """Slices, indices and rolls along the unit axis are replaced by the picked tensor."""

@@ -81,12 +81,14 @@ class _Fuser:
 
     def run(self, image: int | None) -> None:
         """Rewrite; `image` is the place of the images among the inputs."""
+        images = None if image is None else [n for n in self.graph.nodes if n.op == "placeholder"][image]
+        cut_only = images is None or all(op_name(user) in ("reshape", "sym_size.int") for user in images.users)
         calls = [n for n in self.graph.nodes if n.op == "call_function"]
         for node in calls:
             if op_name(node) in ("linear", "conv2d"):
                 self._weighted(node)
-        if image is not None:
-            self._lay_out([n for n in self.graph.nodes if n.op == "placeholder"][image])
+        if images is not None and not cut_only:
+            self._lay_out(images)
         self._work_in_place()
         for node in self.graph.nodes:
             if node.op == "call_function":

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.operands import VIEWS
-from ..graph.program import Program, call_arg, op_name, static_value
+from ..graph.program import Program, call_arg, is_static, op_name, static_value
 from .fold import fold_batch_norms, fold_norm_weights
 
 __all__ = ["BatchAxis", "Plan", "batch_axes", "norm_options", "normalised_axes", "spread"]
+
+
+_LARGE_PATCH = 8  # images cut into smaller squares are quicker read by a convolution
 
 
 class Plan:
@@ -58,6 +61,17 @@ class Plan:
     def prefix_positions(self, node: fx.Node, level: int) -> Tensor:
         """Positions of levels up to `level`, ordered by level."""
         return torch.cat([self.positions(node, s) for s in range(1, level + 1)])
+
+    def patch_size(self, node: fx.Node) -> int:
+        """Side of the squares that a convolution of the images cuts them into, if they are large; else 0."""
+        if op_name(node) != "conv2d" or node.args[0] is not self.program.image or node.meta.get("units") is None:
+            return 0
+        weight: fx.Node = node.args[1]  # type: ignore[assignment]
+        size, (height, width) = weight.meta["shape"][2], self.program.image.meta["shape"][2:]
+        given = [call_arg(node, name) for name in ("stride", "padding", "dilation", "groups")]
+        side_by_side = given == [[size, size], [0, 0], [1, 1], 1] and weight.meta["shape"][3] == size
+        no_edge = height % size == width % size == 0
+        return size if side_by_side and no_edge and is_static(weight) and size >= _LARGE_PATCH else 0
 
     def is_new(self, node: fx.Node, level: int) -> bool:
         """Whether the node computes something at that level."""
