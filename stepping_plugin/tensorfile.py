@@ -46,7 +46,9 @@ def read_file(path: Path, kind: str, version: int) -> tuple[dict[str, Any], dict
         text = _OTHERS[str(found)] if ours else f"a safetensors file, but not one that {_WRITERS[kind]} wrote"
         raise CheckpointError(f"{path}: {text}.")
     if header.get("version") != version:
-        got, action = header.get("version"), "Update stepping-plugin."
+        got = header.get("version")
+        older = isinstance(got, int) and got < version
+        action = f"Make it again: {_WRITERS[kind]} of this version." if older else "Update stepping-plugin."
         raise CheckpointError(
             explain("unknown version", where=str(path), got=got, expected=str(version), action=action)
         )

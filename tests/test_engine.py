@@ -9,7 +9,7 @@ from nets import ARCHITECTURES, FAMILIES, Plain, images, make, nested, random_le
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepping_plugin.engine import compile_engine, entropy, load_engine, margin, max_probability
+from stepping_plugin.engine import compile_engine, entropy, kernels, load_engine, margin, max_probability
 from stepping_plugin.engine.bench import equal_levels
 from stepping_plugin.engine.clock import StepClock
 from stepping_plugin.errors import SteppingError
@@ -442,3 +442,42 @@ def test_architectures(name):
         net = nested(model, seed=seed).eval()
         check_engine(net)
         test_executed_macs_are_the_reported_ones(model, seed, torch.float32)
+
+
+class Patches(torch.nn.Module):
+    """Convolutions that cut images into squares and leave an edge over, a norm in front of products of either kind."""
+
+    def __init__(self, size=8, further=False):
+        super().__init__()
+        self.cut, self.overlap = torch.nn.Conv2d(3, 12, size, size), torch.nn.Conv2d(3, 12, 3, size, 1)
+        self.norm, self.mix = torch.nn.LayerNorm(12), torch.nn.Linear(12, 16)
+        self.further, self.down = further, torch.nn.Conv2d(12, 16, 2, 2)
+        self.head = torch.nn.Linear(16, 5)
+
+    def forward(self, x):
+        y = self.cut(x)
+        y = y + self.overlap(x)[:, :, : y.shape[2], : y.shape[3]] if self.further else y
+        y = self.norm(y.permute(0, 2, 3, 1))
+        z = self.down(y.permute(0, 3, 1, 2)).mean((2, 3))
+        return self.head(torch.relu(self.mix(y)).mean((1, 2)) + z)
+
+
+@pytest.mark.parametrize("further", [False, True], ids=["only reader", "one of two"])
+@pytest.mark.parametrize(("size", "side"), [(4, 35), (8, 35), (8, 32)])
+def test_convolutions_without_overlap(size, side, further):
+    net = nested(randomise(Patches(size, further)).double().eval(), seed=2, size=(3, side, side)).eval()
+    engine = check_engine(net)
+    x = images(net.analysis.image_size, 2)
+    with FlopCounterMode(display=False) as counter:
+        list(engine.steps(x))
+    assert counter.get_total_flops() == 2 * 2 * engine.macs[-1]
+    single = nested(randomise(Patches(size, further)).eval(), seed=2, size=(3, side, side)).eval()
+    for scores, expected in zip(compile_engine(single).steps(x.float()), scores_of(single, x.float()), strict=True):
+        assert relative(scores, expected) < 1e-4
+
+
+def test_norms_leave_their_weights_to_the_products_behind_them():
+    net = nested(make("test_vit"), seed=1).eval()
+    norms = [n for p in compile_engine(net).programs[1:] for n in p.module.graph.nodes if n.target is kernels.next_norm]
+    bare = [n for n in norms if n.args[5:7] == (None, None)]
+    assert bare and len(bare) >= len(norms) - 2 * (net.num_subnets - 1)  # the last norm stands in front of the head

@@ -129,6 +129,8 @@ def change(header, what):
     match what:
         case "version":
             header["version"] = 99
+        case "old version":
+            header["version"] = 1
         case "operator" | "mutating" | "python" | "kernel":
             call["target"] = {"operator": "aten.from_file", "mutating": "aten.relu_", "python": "os.system",
                               "kernel": "kernels.math.exp"}[what]  # fmt: skip
@@ -159,7 +161,8 @@ def change(header, what):
 
 
 DEFECTS = {
-    "version": "unknown version",
+    "version": "unknown version.*Update",
+    "old version": "unknown version.*Make it again",
     "operator": r"step 1: operator that engine files may not call; got aten\.from_file",
     "mutating": r"may not call; got aten\.relu_",
     "python": r"may not call; got os\.system",

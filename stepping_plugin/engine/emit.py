@@ -1,7 +1,7 @@
 """One step program: a plain graph that computes the slices of one level from the caches of lower levels.
 
 Every operator of the eval program is emitted once per level, on the positions of that level. A weight between
-units reads the *prefix* of its input: what lower levels left in a cache, and the slice of this level. Caches
+units reads the *prefix* of its input: the slices that lower levels left in caches, and that of this level. Caches
 are named; a step program lists which ones it takes and which new ones it returns.
 """
 
@@ -93,10 +93,14 @@ class _Step(StepGraph):
         return StepProgram(self.level, fx.GraphModule(self.root, self.graph), tuple(self.caches), tuple(outputs), macs)
 
     def _keep_wanted(self) -> None:
-        """Bring every cache that later steps read up to this level."""
+        """Keep what this level computes and later steps read."""
         for node in self.plan.program.graph.nodes:
-            if node.name in self.wanted and not is_static(node) and self._is_available(node):
-                self.prefix(node)
+            name = self.part_name(node, self.level)
+            if name in self.wanted and not is_static(node) and self._is_available(node):
+                self.keep(name, self.value(node), node)
+            size = self.plan.patch_size(node)
+            if self.level == 1 and f"{self.plan.program.image.name}.patches{size}" in self.wanted:
+                self._patches(size)
 
     def _count_macs(self, node: fx.Node) -> None:
         """Note the MACs of this level on the node that executes them; what turns out dead is dropped with its
@@ -121,6 +125,8 @@ class _Step(StepGraph):
 
     def _operator(self, node: fx.Node) -> fx.Node:
         role, source = node.meta.get("role"), node.args[0] if node.args else None
+        if self.plan.patch_size(node):
+            return self._patch_product(node)
         if role == Role.HEAD:
             return self._head(node)
         if role == Role.PREFIX_REDUCE:
@@ -138,6 +144,30 @@ class _Step(StepGraph):
         if node in self.values:
             return self.values[node]
         return self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+
+    def _patch_product(self, node: fx.Node) -> fx.Node:
+        """A convolution that cuts the images into large squares: a linear layer on those, which are laid out once."""
+        size = self.plan.patch_size(node)
+        weight = self.plan.static(node.args[1]).flatten(1).index_select(0, self.positions(node).to(self.plan.device))  # type: ignore[arg-type]
+        bias = self.static(call_arg(node, "bias"), (0, self.positions(node)))
+        rows = self.call(aten.linear.default, self._patches(size), self.tensor(weight, (node, "patches")), bias)
+        shape = [self.batch(1), len(weight), *node.meta["shape"][2:]]
+        return self.call(aten.reshape.default, self.call(aten.permute.default, rows, [0, 2, 1]), shape)
+
+    def _patches(self, size: int) -> fx.Node:
+        """The images as (B, squares, C * size * size)."""
+        image = self.plan.program.image
+        name = f"{image.name}.patches{size}"
+        if self.level > 1:
+            return self.cache(name, image)
+        if name not in self.made:
+            channels, height, width = image.meta["shape"][1:]
+            cut = [self.batch(1), channels, height // size, size, width // size, size]
+            squares = self.call(aten.reshape.default, self.value(image), cut)
+            squares = self.call(aten.permute.default, squares, [0, 2, 4, 1, 3, 5])
+            flat = [self.batch(1), cut[2] * cut[4], channels * size * size]
+            self.keep(name, self.call(aten.reshape.default, squares, flat), image)
+        return self.made[name]
 
     def _picked(self, node: fx.Node) -> tuple[tuple, dict]:
         """Slices, indices and rolls along the unit axis are replaced by the picked tensor."""
@@ -198,6 +228,8 @@ class _Step(StepGraph):
         own, axes = self.positions(node), normalised_axes(node)
         weight, bias, eps, centred = norm_options(node)
         affine = [self._channel_shaped(p, node, own) for p in (weight, bias)]
+        if self.level == 1 and affine == [None, None] and op_name(node) == "layer_norm":
+            affine = self._neutral(node, len(own))
         value, names = self.value(source), (f"{node.name}.mean", f"{node.name}.scale")
         if self.level == 1:
             several = self.call(kernels.first_norm, value, axes, *affine, eps, centred)
@@ -209,6 +241,11 @@ class _Step(StepGraph):
         for name, statistic in zip(names, statistics, strict=True):
             self.keep(name, statistic, source)
         return result
+
+    def _neutral(self, node: fx.Node, width: int) -> list[fx.Node | None]:
+        """Weight and bias that change nothing: PyTorch's layer norm is slow without them."""
+        options = {"dtype": self.plan.dtype, "device": self.plan.device}
+        return [self.tensor(torch.full((width,), x, **options), ("neutral", x, width)) for x in (1.0, 0.0)]
 
     def _channel_shaped(self, parameter: fx.Node | None, node: fx.Node, own: Tensor) -> fx.Node | None:
         """Weight or bias of a prefix norm at the channels of this level."""

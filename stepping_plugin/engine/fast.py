@@ -15,14 +15,17 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 __all__ = [
-    "ACTIVATIONS", "Activation", "add_into", "channels_last", "convolution", "in_place", "joined_linear",
-    "joined_pointwise", "linear", "multiply_into", "pointwise",
+    "ACTIVATIONS", "Activation", "add_into", "channels_last", "convolution", "in_place", "linear", "multiply_into",
+    "pointwise",
 ]  # fmt: skip
 
 Function = Callable[..., Any]
 aten = torch.ops.aten
 
-_MANY_ROWS = 768  # oneDNN starts a product more slowly than BLAS (12 us), and then runs it faster
+# oneDNN starts a product more slowly than BLAS (12 us) and runs it faster, with the activation most of all.
+_MANY_MACS, _MANY_MACS_ACTIVE = 5_000_000, 2_000_000
+_FEW_OUTPUTS, _MANY_ROWS = 16, 768  # BLAS is slow at long and narrow results
+_MANY_NUMBERS = 750_000  # putting more than 3 MB together costs more than several products that are added
 
 # Activations: operator -> (oneDNN's name or None, in-place form). oneDNN's relu, hardtanh and hardsigmoid turn NaN
 # into a number, so they are not used: a broken image must not get a plausible answer.
@@ -91,77 +94,85 @@ def _rows(weight: Tensor, bias: Tensor | None, activation: Activation | None, on
 
     if not one_dnn:
         return blas
-    product = torch.ops.mkldnn._linear_pointwise.default._op
+    product, pack = torch.ops.mkldnn._linear_pointwise.default._op, torch.ops.mkldnn._reorder_linear_weight.default._op
     name, algorithm, rest = _split(activation)
+    few_rows = (_MANY_MACS if rest is activation else _MANY_MACS_ACTIVE) // max(1, weight.numel())
+    if len(weight) < _FEW_OUTPUTS:
+        few_rows = min(few_rows, _MANY_ROWS)
     nothing: list[float] = []
+    packed: list[Tensor] = []
 
     def rows(x: Tensor) -> Tensor:
-        if x.shape[0] < _MANY_ROWS:
+        if x.shape[0] < few_rows:
             return blas(x)
-        y = product(x, weight, bias, name, nothing, algorithm)
+        if not packed:
+            packed.append(pack(weight, len(x)))
+        y = product(x, packed[0], bias, name, nothing, algorithm)
         return y if rest is None else rest(y)
 
     return rows
 
 
-def _joined_rows(weight: Tensor, bias: Tensor | None, activation: Activation | None, one_dnn: bool) -> Function:
-    """`_rows` of two tensors side by side, (M, K - k) and (M, k), without putting them together."""
-    parts: list[tuple[Function, Tensor]] = []  # made when k is known
+def _sum_of_products(weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Function:
+    """`_rows` of tensors side by side, (M, k1), (M, k2), ..., in float32 on the CPU, that are not put together."""
+    divided: list[list[Tensor]] = []  # when the widths are known
 
-    def rows(x: Tensor, added: Tensor) -> Tensor:
-        if not parts:
-            first = _rows(weight[:, : x.shape[1]].contiguous(), bias, None, one_dnn)
-            parts.append((first, weight[:, x.shape[1] :].contiguous().t()))
-        first, columns = parts[0]
-        y = first(x).addmm_(added, columns)
+    def rows(parts: list[Tensor]) -> Tensor:
+        if not divided:
+            divided.append([w.contiguous() for w in weight.split([x.shape[1] for x in parts], 1)])
+        first, *further = divided[0]
+        y = torch.ops.mkldnn._linear_pointwise.default._op(parts[0], first, bias, "none", [], "")
+        for x, w in zip(parts[1:], further, strict=True):
+            if len(w) <= w.shape[1]:
+                y = torch.ops.mkldnn._linear_pointwise.binary._op(x, y, w, None, "add")
+            else:  # BLAS adds to wide results in place
+                y.addmm_(x, w.t())
         return y if activation is None else activation(y)
 
     return rows
 
 
-def linear(weight: Tensor, bias: Tensor | None, activation: Activation | None, one_dnn: bool) -> Function:
-    """Linear layer on the last axis."""
+def linear(
+    weight: Tensor, bias: Tensor | None, activation: Activation | None, one_dnn: bool, pieces: int = 1
+) -> Function:
+    """Linear layer on the last axis, of one tensor or of `pieces` side by side."""
     rows, (outputs, inputs) = _rows(weight, bias, activation, one_dnn), weight.shape
+    apart = _sum_of_products(weight, bias, activation)
 
     def linear(x: Tensor) -> Tensor:
         if x.dim() == 2:
             return rows(x)
         return rows(x.reshape(-1, inputs)).view(*x.shape[:-1], outputs)
 
-    return linear
+    def joined_linear(*parts: Tensor) -> Tensor:
+        if not one_dnn or sum(map(Tensor.numel, parts)) < _MANY_NUMBERS:
+            return linear(torch.cat(parts, -1))
+        y = apart([x.reshape(-1, x.shape[-1]) for x in parts])
+        return y.view(*parts[0].shape[:-1], outputs)
+
+    return linear if pieces == 1 else joined_linear
 
 
-def joined_linear(weight: Tensor, bias: Tensor | None, activation: Activation | None, one_dnn: bool) -> Function:
-    """Linear layer of two tensors side by side on the last axis."""
-    rows = _joined_rows(weight, bias, activation, one_dnn)
-
-    def linear(x: Tensor, added: Tensor) -> Tensor:
-        y = rows(x.reshape(-1, x.shape[-1]), added.reshape(-1, added.shape[-1]))
-        return y.view(*x.shape[:-1], weight.shape[0])
-
-    return linear
-
-
-def pointwise(weight: Tensor, bias: Tensor | None, activation: Activation | None, one_dnn: bool) -> Function:
-    """Convolution with a 1x1 kernel, given as a weight (N, K)."""
+def pointwise(
+    weight: Tensor, bias: Tensor | None, activation: Activation | None, one_dnn: bool, pieces: int = 1
+) -> Function:
+    """Convolution with a 1x1 kernel, given as a weight (N, K), of one image or of `pieces` channel behind channel."""
     rows, (outputs, inputs) = _rows(weight, bias, activation, one_dnn), weight.shape
+    apart = _sum_of_products(weight, bias, activation)
 
     def pointwise(x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         y = rows(x.permute(0, 2, 3, 1).reshape(-1, inputs))
         return y.view(batch, height, width, outputs).permute(0, 3, 1, 2)
 
-    return pointwise
+    def joined_pointwise(*parts: Tensor) -> Tensor:
+        if not one_dnn or sum(map(Tensor.numel, parts)) < _MANY_NUMBERS:
+            return pointwise(torch.cat(parts, 1))
+        batch, _, height, width = parts[0].shape
+        y = apart([x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in parts])
+        return y.view(batch, height, width, outputs).permute(0, 3, 1, 2)
 
-
-def joined_pointwise(weight: Tensor, bias: Tensor | None, activation: Activation | None, one_dnn: bool) -> Function:
-    """Convolution with a 1x1 kernel of two images, one channel behind the other."""
-    joined = joined_linear(weight, bias, activation, one_dnn)
-
-    def pointwise(x: Tensor, added: Tensor) -> Tensor:
-        return joined(x.permute(0, 2, 3, 1), added.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    return pointwise
+    return pointwise if pieces == 1 else joined_pointwise
 
 
 # ------------------------------------------------------------------------------------------------- convolutions
@@ -222,8 +233,12 @@ def multiply_into(x: Tensor, other: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- counting
 
 
-def _product_flops(x: tuple, weight: tuple, *_: Any, out_shape: tuple, **__: Any) -> int:
-    """Of oneDNN's linear layers and convolutions: every result is a sum over one row of the weight."""
+def _linear_flops(x: tuple, *_: Any, out_shape: tuple, **__: Any) -> int:
+    return 2 * math.prod(out_shape) * x[-1]
+
+
+def _convolution_flops(x: tuple, weight: tuple, *_: Any, out_shape: tuple, **__: Any) -> int:
+    """Every result is a sum over one row of the weight."""
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
@@ -236,7 +251,7 @@ def _teach_flop_counter() -> None:
     formulas: dict[Any, Any] = {aten.addmm_: _accumulating_flops}
     if torch.backends.mkldnn.is_available():
         one_dnn = torch.ops.mkldnn
-        formulas |= dict.fromkeys((one_dnn._linear_pointwise, one_dnn._convolution_pointwise), _product_flops)
+        formulas |= {one_dnn._linear_pointwise: _linear_flops, one_dnn._convolution_pointwise: _convolution_flops}
     for operator, formula in formulas.items():
         if operator not in flop_registry:
             register_flop_formula(operator)(formula)

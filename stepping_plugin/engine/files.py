@@ -30,7 +30,8 @@ from .plan import BatchAxis
 
 __all__ = ["load_engine", "save_engine"]
 
-VERSION = 1
+# Counted up whenever older files would be read wrongly: 2 has a cache per level, and norms keep other statistics.
+VERSION = 2
 
 # What step programs call besides the operators that have a label rule. All are functional.
 _FURTHER = {
@@ -47,7 +48,7 @@ _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channe
 
 
 def find_operator(name: str) -> Callable[..., Any] | None:
-    """The operator of an allowed name such as `aten.conv2d`, `aten.add.Tensor`, `kernels.extend` or `mul`."""
+    """The operator of an allowed name such as `aten.conv2d`, `aten.add.Tensor`, `kernels.next_norm` or `mul`."""
     space, _, rest = name.partition(".")
     if space == "kernels":
         return KERNELS.get(rest)

@@ -81,12 +81,14 @@ class _Fuser:
 
     def run(self, image: int | None) -> None:
         """Rewrite; `image` is the place of the images among the inputs."""
+        images = None if image is None else [n for n in self.graph.nodes if n.op == "placeholder"][image]
+        cut_only = images is None or all(op_name(user) in ("reshape", "sym_size.int") for user in images.users)
         calls = [n for n in self.graph.nodes if n.op == "call_function"]
         for node in calls:
             if op_name(node) in ("linear", "conv2d"):
                 self._weighted(node)
-        if image is not None:
-            self._lay_out([n for n in self.graph.nodes if n.op == "placeholder"][image])
+        if images is not None and not cut_only:
+            self._lay_out(images)
         self._work_in_place()
         for node in self.graph.nodes:
             if node.op == "call_function":
@@ -109,16 +111,15 @@ class _Fuser:
         pointwise, further = self._kind(node, weight)
         last, activation = self._activation(node)
         shared = (bias, activation, self.one_dnn)
-        pieces = None if further else self._pieces(node.args[0])
+        inputs = [node.args[0]]
         if further:
             function = fast.convolution(weight, *shared, *further)
-        elif pieces is not None:
-            function = (fast.joined_pointwise if pointwise else fast.joined_linear)(weight.flatten(1), *shared)
         else:
-            function = (fast.pointwise if pointwise else fast.linear)(weight.flatten(1), *shared)
+            inputs = self._pieces(inputs[0], (1, -3) if pointwise else (-1,))
+            function = (fast.pointwise if pointwise else fast.linear)(weight.flatten(1), *shared, len(inputs))
         self.separate.add(function)
         with self.graph.inserting_before(node):
-            new = self.graph.call_function(function, tuple(pieces or (node.args[0],)))
+            new = self.graph.call_function(function, tuple(inputs))
         last.replace_all_uses_with(new)
         for old in (last, node) if last is not node else (node,):
             self.graph.erase_node(old)
@@ -143,11 +144,11 @@ class _Fuser:
             return node, None
         return user, fast.Activation(user.target, tuple(user.args[1:]), dict(user.kwargs))
 
-    def _pieces(self, joined: fx.Node) -> list[fx.Node] | None:
-        """Prefix and slice that are put together for one product only."""
-        if joined.target is not kernels.extend or len(joined.users) > 1:
-            return None
-        return list(joined.args[:2])
+    def _pieces(self, joined: fx.Node, axes: tuple[int, ...]) -> list[fx.Node]:
+        """Slices that are put together along the axis of the inputs for one product only, or else the tensor."""
+        if joined.target is not aten.cat.default or len(joined.users) > 1 or joined.args[-1] not in axes:
+            return [joined]
+        return list(joined.args[0])
 
     # -- elementwise operators
 

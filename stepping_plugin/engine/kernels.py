@@ -1,4 +1,4 @@
-"""The few functions, besides ATen operators, that step programs call: prefixes and norms that grow by level.
+"""The few functions, besides ATen operators, that step programs call: norms that grow by level.
 
 Plain tensors in and out, made of ATen operators, so that they can be traced, exported and compiled. Statistics are
 taken in two passes (mean, then deviations), which many short rows make faster than the fused operators.
@@ -11,14 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["KERNELS", "extend", "first_norm", "merge_moments", "moments", "next_norm"]
+__all__ = ["KERNELS", "first_norm", "merge_moments", "moments", "next_norm"]
 
 _SHORT = 32  # rows below this length: the fused layer norm costs more than its parts
-
-
-def extend(prefix: Tensor, part: Tensor, axis: int) -> Tensor:
-    """What a tensor holds up to one level: the positions of lower levels, and behind them those of this level."""
-    return torch.cat([prefix, part], axis)
 
 
 def moments(x: Tensor, axes: list[int], keepdim: bool = True) -> tuple[Tensor, Tensor]:
@@ -51,10 +46,10 @@ def first_norm(
         eps: added to the variance.
         centred: False for RMS norm, whose mean is 0 (returned as the scale, which has the shape).
     """
-    count = math.prod(x.shape[a] for a in axes)
-    if centred and axes == [x.dim() - 1] and count >= _SHORT and x.dtype in (torch.float32, torch.float64):
-        return torch.native_layer_norm(x, [count], weight, bias, eps)
-    wide = _wide(x)
+    width = x.shape[-1]
+    if centred and axes == [x.dim() - 1] and width >= _SHORT and x.dtype in (torch.float32, torch.float64):
+        return torch.native_layer_norm(x, [width], weight, bias, eps)
+    wide, count = _wide(x), math.prod(x.shape[a] for a in axes)
     mean = wide.mean(axes, keepdim=True) if centred else None
     deviations = wide.clone() if mean is None else wide - mean
     scale = _squares(deviations, axes, True).mul_(1 / count).add_(eps).rsqrt_()
@@ -108,4 +103,4 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-KERNELS = {f.__name__: f for f in (extend, first_norm, merge_moments, moments, next_norm)}
+KERNELS = {f.__name__: f for f in (first_norm, merge_moments, moments, next_norm)}

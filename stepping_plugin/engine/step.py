@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.operands import Operands
-from . import kernels
 from .plan import Plan
 
 __all__ = ["IMAGE", "SCORES", "StepGraph"]
@@ -142,6 +141,10 @@ class StepGraph(Operands):
 
     # -- prefixes
 
+    def part_name(self, node: fx.Node, level: int) -> str:
+        """Name of the cache with what a node computes at that level."""
+        return f"{node.name}.{level}" if self._grows(node) else node.name
+
     def prefix(self, node: fx.Node) -> fx.Node:
         """The tensor of a node up to this level, ordered by level along its unit axis."""
         if node not in self.prefixes:
@@ -149,10 +152,16 @@ class StepGraph(Operands):
         return self.prefixes[node]
 
     def _prefix(self, node: fx.Node) -> fx.Node:
-        if not self._is_available(node):
-            return self.cache(node.name, node)
-        value = self.value(node)
-        if self.level > 1 and node.meta.get("units") is not None and not node.meta.get("per_level"):
-            value = self.call(kernels.extend, self.cache(node.name, node), value, node.meta["axis"])
-        self.keep(node.name, value, node)
-        return value
+        if not self._grows(node):
+            return self.value(node) if self._is_available(node) else self.cache(node.name, node)
+        parts = [
+            self.value(node) if level == self.level else self.cache(self.part_name(node, level), node)
+            for level in range(1, self.level + 1)
+            if self.plan.is_new(node, level)
+        ]
+        behind = node.meta["axis"] - len(node.meta["shape"])  # counted from behind, `fuse` knows it without the rank
+        return parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, behind)
+
+    def _grows(self, node: fx.Node) -> bool:
+        """Whether every level adds positions to a tensor."""
+        return node.meta.get("units") is not None and not node.meta.get("per_level")
