@@ -195,13 +195,13 @@ def test_results_are_sorted_and_readable(tmp_path):
     assert [r["model"] for r in read_results(tmp_path / "r.json")] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(10), *range(10_000, 10_010)])
 def test_random_networks(seed):
     check_network(random_network(seed), seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(10, 2010, 50))
+@pytest.mark.parametrize("first", [*range(10, 2010, 50), *range(10_010, 10_510, 50)])
 def test_many_random_networks(first):
     for seed in range(first, first + 50):
         check_network(random_network(seed), seed)

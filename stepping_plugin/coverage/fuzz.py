@@ -17,6 +17,7 @@ from ..macs import MacModel
 from ..net import SteppingNet
 from ..units import analyse
 from ..verify import verify
+from .blocks import image_blocks, token_blocks
 from .check import perturb, random_levels
 
 __all__ = ["SIZE", "FuzzNet", "check_network", "random_network", "run_fuzz"]
@@ -297,21 +298,35 @@ def _token_block(pick: random.Random, tokens: int, channels: int) -> nn.Module:
 
 
 class FuzzNet(nn.Module):
-    """Image blocks, then (sometimes) token blocks, then a classifier."""
+    """Image blocks, then (sometimes) token blocks, then a classifier.
 
-    def __init__(self, pick: random.Random) -> None:
+    Args:
+        pick: source of all choices.
+        more: share of blocks taken from `blocks`; 0 makes the networks of earlier versions.
+    """
+
+    def __init__(self, pick: random.Random, more: float = 0.0) -> None:
         super().__init__()
         channels = pick.choice([4, 6, 8])
         stride = pick.choice([1, 2])
         self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, stride, 1), _norm(pick, channels))
         images = []
         for _ in range(pick.randint(0, 4)):
+            if more and pick.random() < more:
+                images.append(pick.choice(image_blocks(pick, channels))())
+                continue
             block, channels = _image_block(pick, channels)
             images.append(block)
         self.images = nn.Sequential(*images)
         tokens = (8 // stride) ** 2
         self.has_tokens = pick.random() < 0.5
-        blocks = [_token_block(pick, tokens, channels) for _ in range(pick.randint(1, 3) if self.has_tokens else 0)]
+        blocks = []
+        for _ in range(pick.randint(1, 3) if self.has_tokens else 0):
+            if more and pick.random() < more:
+                further = pick.choice(token_blocks(pick, channels))()
+                blocks.append(Residual(further) if pick.random() < 0.7 else further)
+            else:
+                blocks.append(_token_block(pick, tokens, channels))
         self.tokens = nn.Sequential(*blocks)
         self.pool = pick.choice(["mean", "max", "flatten"])
         features = channels * tokens if self.pool == "flatten" else channels
@@ -327,10 +342,13 @@ class FuzzNet(nn.Module):
         return self.head(x)
 
 
+FIRST_WITH_MORE = 10_000  # seeds from here on take half of their blocks from `blocks`
+
+
 def random_network(seed: int) -> nn.Module:
     """A network in float64, eval mode, that depends on the seed only."""
     torch.manual_seed(seed)
-    return perturb(FuzzNet(random.Random(seed))).double().eval()
+    return perturb(FuzzNet(random.Random(seed), 0.5 if seed >= FIRST_WITH_MORE else 0.0)).double().eval()
 
 
 def check_network(model: nn.Module, seed: int, size: tuple[int, ...] = SIZE) -> dict[str, Any]:
