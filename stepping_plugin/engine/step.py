@@ -53,7 +53,8 @@ class StepGraph(Operands):
         if name not in self.caches:
             last = next(reversed(self.caches.values()), None)
             with self.graph.inserting_after(last) if last else self.graph.inserting_before(None):
-                self.caches[name] = self.graph.placeholder(f"cache_{name}".replace(".", "_"))
+                number = len(self.caches)  # names alone could clash: "cat.2" and "cat_2"
+                self.caches[name] = self.graph.placeholder(f"cache{number}_{name}".replace(".", "_"))
             self.sources[name] = source
         return self.caches[name]
 
