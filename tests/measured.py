@@ -1,0 +1,293 @@
+"""Figures in README.md, docs/ and the recipes' headers, from the JSON files in docs/measured and recipes/results.
+
+    python tests/measured.py                    # bring the texts up to date
+    python tests/measured.py --add RUN_FOLDER   # keep what a text may quote of a run's report.json, then the same
+
+A block begins with `<!-- measured: NAME -->` and ends with `<!-- /measured -->`; a recipe's begins with
+`# Expected result:` and goes on while lines are indented. test_measured.py fails if a text says anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stepping_plugin.compare.page import summary_table
+from stepping_plugin.compare.results import read_all
+from stepping_plugin.compare.tables import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED, RESULTS = ROOT / "docs" / "measured", ROOT / "recipes" / "results"
+TEXTS = [ROOT / "README.md", ROOT / "docs" / "measurements.md"]
+_KEPT = ("title", "seed", "machine", "original", "subnets", "early_exit", "verify", "seconds", "recipe")
+_BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- /measured -->)", re.DOTALL)
+_EXPECTED = re.compile(r"^# Expected result:.*\n(?:#   .*\n)*", re.MULTILINE)
+
+Json = dict[str, Any]
+
+
+def keep_run(folder: Path) -> Path:
+    """Copy what may be quoted of a run into docs/measured/runs/RECIPE/seedS.json; its folder is named RECIPE-S."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(report["recipe"])
+    recipe.pop("output")
+    kept = {**{key: report[key] for key in _KEPT}, "recipe": recipe}
+    path = MEASURED / "runs" / folder.name.rsplit("-", 1)[0] / f"seed{report['seed']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def runs() -> dict[str, list[Json]]:
+    """Recipe -> its runs in order of seeds."""
+    found: dict[str, list[Json]] = {}
+    for path in sorted(MEASURED.glob("runs/*/seed*.json")):
+        found.setdefault(path.parent.name, []).append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def bench(name: str) -> Json:
+    return json.loads((MEASURED / f"{name}.json").read_text(encoding="utf-8"))
+
+
+# --- Blocks -------------------------------------------------------------------------------------------------
+
+
+def digits() -> str:
+    return _run_table(runs()["digits"][0])
+
+
+def _run_table(run: Json) -> str:
+    total = run["original"]["macs"]
+    rows = [["original", f"{total:,}", "100 %", "", "", _percent(run["original"]["accuracy"])]]
+    for s in run["subnets"]:
+        rows.append([f"subnet {s['subnet']}", f"{s['macs']:,}", _percent(s["macs"] / total),
+                     f"{100 * s['budget'] / total:.0f} %", _percent(s["accuracy_before_retraining"]),
+                     _percent(s["accuracy"])])  # fmt: skip
+    return markdown(["network", "MACs", "share of M_t", "budget", "accuracy before retraining", "accuracy"], rows)
+
+
+def fashion_mnist() -> str:
+    rows = []
+    for recipe, own in runs().items():
+        if not recipe.startswith("fashion_mnist"):
+            continue
+        for run in own:
+            rows.append([f"`{recipe}`", str(run["seed"]), _budgets(run), _percent(run["original"]["accuracy"]),
+                         _accuracies(run), _used(run)])  # fmt: skip
+    return markdown(["recipe", "seed", "budgets", "original", "subnets 1 to 4", "MACs, of the budgets"], rows)
+
+
+def every_run() -> str:
+    parts = []
+    for recipe, own in runs().items():
+        for run in own:
+            parts += [f"`{recipe}`, seed {run['seed']} ({_machine(run['machine'])}):\n", _run_table(run), ""]
+    return "\n".join(parts).rstrip()
+
+
+def early_exit() -> str:
+    parts = []
+    for recipe, own in runs().items():
+        run, total = own[0], own[0]["original"]["macs"]
+        rows = [
+            [f"{p['threshold']:.5f}", f"{p['macs'] / total:.1%}", _percent(p["accuracy"]),
+             ", ".join(f"{100 * share:.0f} %" for share in p["subnets"])]
+            for p in run["early_exit"]["points"]
+        ]  # fmt: skip
+        heading = ["threshold of the largest probability", "average MACs, of M_t", "accuracy",
+                   "pictures that stop at subnet 1, 2, ..."]  # fmt: skip
+        parts += [f"`{recipe}`, seed {run['seed']}:\n", markdown(heading, rows), ""]
+    return "\n".join(parts).rstrip()
+
+
+def training() -> str:
+    report = bench("training")
+    rows = [
+        [r["model"], str(r["img_size"]), str(r["batch_size"]), *[f"{r['ratio'][k]:.2f}" for k in ("joint", "separate")]]
+        for r in report["measured"]
+    ]
+    table = markdown(["network", "pixels", "batch", "all 4 subnets at once / plain", "4 separate nets / plain"], rows)
+    return f"{table}\n\n{_machine(report['machine'])}"
+
+
+def engine_summary() -> str:
+    reports = _engine_reports()
+    header = ["network", "MACs"]
+    columns: list[dict[str, Json]] = []
+    for report in reports:
+        for size in sorted({r["batch_size"] for r in report["measured"]["results"]}):
+            threads = report["machine"]["threads"]
+            header.append(f"batch {size}, {threads} thread{'s' if threads > 1 else ''}")
+            columns.append({r["model"]: r for r in report["measured"]["results"] if r["batch_size"] == size})
+    rows = [
+        [
+            name,
+            f"{columns[0][name]['macs_ratio']:.2f}",
+            *[f"{c[name]['ratio']:.2f}" if name in c else "" for c in columns],
+        ]
+        for name in columns[0]
+    ]
+    return f"{markdown(header, rows)}\n\n{_machine(reports[0]['machine'], threads=False)}"
+
+
+def engine_steps() -> str:
+    parts = []
+    for report in _engine_reports():
+        rows = []
+        for r in report["measured"]["results"]:
+            rows.append([r["model"], str(r["batch_size"]), f"{r['dense']:.1f}", _listed(r["steps"]),
+                         _listed(r["subnets"]), f"{r['ratio']:.2f}", f"{r['scratch_ratio']:.2f}",
+                         f"{max(a / b for a, b in zip(r['steps'], r['subnets'], strict=True)):.2f}",
+                         f"{max(r['cache_bytes']) / 2**20:.1f}"])  # fmt: skip
+        header = ["network", "batch", "dense, ms", "steps, ms", "subnets from scratch, ms", "sum of steps / dense",
+                  "sum of subnets / dense", "dearest step / its subnet", "cache, MiB"]  # fmt: skip
+        parts += [f"{_machine(report['machine'])}:\n", markdown(header, rows), ""]
+    return "\n".join(parts).rstrip()
+
+
+def _engine_reports() -> list[Json]:
+    return [bench(path.stem) for path in sorted(MEASURED.glob("engine-*.json"))]
+
+
+def deadlines() -> str:
+    reports = [bench(path.stem) for path in sorted(MEASURED.glob("deadline-*.json"))]
+    rows = []
+    for report in reports:
+        for r in report["measured"]:
+            late = r["late_by_ms"]
+            rows.append([r["model"], str(r["load"]), str(r["requests"]), str(r["in_time"]), str(r["late_in_subnet_1"]),
+                         str(r["late_in_a_step"]), f"{late['median']:.1f} / {late['largest']:.1f} ms",
+                         " / ".join(map(str, r["subnets"]))])  # fmt: skip
+    header = ["network", "busy processes beside", "requests", "in time", "late in subnet 1", "late in a step",
+              "late by, median / largest", "ended at subnet 1 / 2 / ..."]  # fmt: skip
+    return f"{markdown(header, rows)}\n\n{_machine(reports[0]['machine'])}"
+
+
+def structure() -> str:
+    report = bench("structure")
+    rows = []
+    for r in sorted(report["measured"], key=lambda r: r["parameters"]):
+        rows.append([r["model"], f"{r['parameters'] / 1e6:,.0f}", f"{r['channels']:,}", f"{r['units']:,}",
+                     f"{r['pinned_channels']:,}", f"{r['macs'] / 1e9:,.0f}", f"{r['floor_share']:.2%}",
+                     f"{r['cpu_seconds']:.1f}", f"{r['cpu_seconds'] / r['channels'] * 1e6:.0f}",
+                     f"{r['gib']:.2f}"])  # fmt: skip
+    header = ["model", "parameters, M", "channels", "units", "pinned channels", "G MACs", "floor", "CPU s",
+              "µs per channel", "GiB"]  # fmt: skip
+    return f"{markdown(header, rows)}\n\n{_machine(report['machine'])}"
+
+
+def coverage() -> str:
+    rows = json.loads((ROOT / "docs" / "coverage_results.json").read_text(encoding="utf-8"))
+    timm_rows = [r for r in rows if not r["model"].startswith("torchvision:")]
+    kinds = {"timm": timm_rows, "torchvision": [r for r in rows if r not in timm_rows]}
+    table = []
+    for kind, own in kinds.items():
+        few = len({r["module"] for r in own if r.get("pinned_share", 1.0) < 0.01})
+        passed = sum(r["status"] == "ok" for r in own)
+        table.append([kind, str(len({r["module"] for r in own})), str(len(own)), str(passed), str(few)])
+    header = ["library", "modules", "models", "pass every check", "modules with less than 1 % of the channels pinned"]
+    return markdown(header, table)
+
+
+def comparison() -> str:
+    return summary_table(read_all(RESULTS))
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "runs": every_run,
+    "early-exit": early_exit,
+    "training": training,
+    "engine": engine_summary,
+    "engine-steps": engine_steps,
+    "deadlines": deadlines,
+    "structure": structure,
+    "coverage": coverage,
+    "comparison": comparison,
+}
+
+
+def expected_result(recipe: str) -> str:
+    """The lines of a recipe's header that say what to expect."""
+    own = runs()[recipe]
+    lines = ["# Expected result: test accuracy of the original, and of the subnets"]
+    for run in own:
+        lines.append(f"#   {_percent(run['original']['accuracy'])}; {_accuracies(run)} (seed {run['seed']})")
+    machine = own[0]["machine"]
+    lines.append(f"#   with {machine['threads']} CPU thread(s) and torch {machine['torch'].split('+')[0]}.")
+    return "\n".join(lines) + "\n"
+
+
+# --- Cells --------------------------------------------------------------------------------------------------
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _accuracies(run: Json) -> str:
+    return ", ".join(f"{100 * s['accuracy']:.2f}" for s in run["subnets"]) + " %"
+
+
+def _budgets(run: Json) -> str:
+    return ", ".join(f"{100 * s['budget'] / run['original']['macs']:.0f}" for s in run["subnets"]) + " %"
+
+
+def _used(run: Json) -> str:
+    used = [100 * s["macs"] / s["budget"] for s in run["subnets"]]
+    return f"{min(used):.1f} to {max(used):.1f} %"
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{v:.1f}" for v in values)
+
+
+def _machine(machine: Json, threads: bool = True) -> str:
+    number = f", {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}" if threads else ""
+    return f"{machine['processor']}{number}, torch {machine['torch']}, timm {machine['timm']}"
+
+
+# --- Texts --------------------------------------------------------------------------------------------------
+
+
+def filled(text: str) -> str:
+    """A text with all its blocks as they should be."""
+    return _BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]]()}\n{m[3]}", text)
+
+
+def without_blocks(text: str) -> str:
+    return _BLOCK.sub("", text)
+
+
+def updates() -> Iterator[tuple[Path, str, str]]:
+    """(file, its text, what it should be) of all texts that quote figures."""
+    for path in TEXTS:
+        text = path.read_text(encoding="utf-8")
+        yield path, text, filled(text)
+    for recipe in runs():
+        path = ROOT / "recipes" / f"{recipe}.yaml"
+        text = path.read_text(encoding="utf-8")
+        yield path, text, _EXPECTED.sub(lambda _, r=recipe: expected_result(r), text)  # type: ignore[misc]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="RUN_FOLDER", help="named RECIPE-SEED")
+    for folder in parser.parse_args().add:
+        print(keep_run(folder))
+    for path, text, wanted in updates():
+        if text != wanted:
+            path.write_text(wanted, encoding="utf-8")
+            print(f"updated {path}")
+
+
+if __name__ == "__main__":
+    main()
