@@ -145,7 +145,21 @@ class Gated(nn.Module):
         return self.head(self.up(x + y).tanh().mean((2, 3)))
 
 
+class Transposed(nn.Module):
+    """Weights that are turned before use, the classifier's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 12, 3)
+        self.hidden, self.head = nn.Parameter(torch.randn(12, 9)), nn.Parameter(torch.randn(9, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.stem(x).tanh().mean((2, 3)) @ self.hidden).tanh()
+        return nn.functional.linear(x, self.head.t())
+
+
 NETS: dict[str, tuple] = {
+    "transposed weights": (Transposed, {}, (1, 6, 6)),
     "conv and batch norm": ("lenet3c1l", {"width_mult": 0.5}, (3, 32, 32)),
     "depthwise, gates, scales": (Gated, {}, (1, 6, 6)),
     "residual": ("resnet_tiny", {}, (3, 16, 16)),
@@ -163,7 +177,7 @@ def random_net(kind: str, n: int) -> SteppingNet:
     """Random levels with spare units, every group having units at level 1."""
     name, kwargs, size = NETS[kind]
     if kind not in _known:
-        model = name() if name is Gated else timm.create_model(name, num_classes=10, **kwargs)
+        model = name() if isinstance(name, type) else timm.create_model(name, num_classes=10, **kwargs)
         model = model.double()
         for parameter in model.parameters():
             if parameter.dim() == 1:  # away from zeros and ones

@@ -196,15 +196,13 @@ def _units_by_gradient(net: SteppingNet, unknown: dict[str, nn.Parameter]) -> di
     values = {**{k: v.detach() for k, v in named_tensors(net.model).items()}, **program.constants}
     found: dict[str, Tensor] = {}
     for node in program.operators():
-        if node.meta["units"] is None:
-            continue
         for operand in tensor_inputs(node):
-            names = _parameters_behind(operand, set(unknown))
-            own = _aligned_axis(node, operand)
-            if names and own is not None:
+            names, aligned = _parameters_behind(operand, set(unknown)), _alignment(node, operand)
+            if names and aligned is not None:
+                own, units = aligned
                 for name, channel in _owners(operand, own, names, values).items():
-                    units = torch.where(channel >= 0, node.meta["units"][channel.clamp(min=0)], -1)
-                    found[name] = torch.maximum(found[name], units) if name in found else units
+                    owner = torch.where(channel >= 0, units[channel.clamp(min=0)], -1)
+                    found[name] = torch.maximum(found[name], owner) if name in found else owner
     return found
 
 
@@ -223,10 +221,13 @@ def _parameters_behind(operand: fx.Node, names: set[str]) -> set[str]:
     return {n.meta["tensor"] for n in seen if n.op == "placeholder"} & names
 
 
-def _aligned_axis(node: fx.Node, operand: fx.Node) -> int | None:
-    """Axis of an operand that runs along the units of a node's output."""
+def _alignment(node: fx.Node, operand: fx.Node) -> tuple[int, Tensor] | None:
+    """Axis of an operand that runs along units, and these: of a node's output, or of what the classifier reads."""
     shape, units, name = operand.meta.get("shape", ()), node.meta["units"], op_name(node)
-    if node.meta.get("role") in (Role.CARRIED, Role.TAPS):
+    if node.meta.get("role") == Role.HEAD and operand is node.args[1]:
+        read: Tensor | None = node.args[0].meta["units"]  # type: ignore[union-attr]
+        return None if read is None or shape[1] != len(read) else (1, read)
+    if units is None or node.meta.get("role") in (Role.CARRIED, Role.TAPS):
         return None
     if name == "linear" or name.startswith("conv"):
         own = 1 if "transpose" in name and len(shape) > 1 else 0
@@ -234,7 +235,7 @@ def _aligned_axis(node: fx.Node, operand: fx.Node) -> int | None:
         own = 0
     else:
         own = node.meta["axis"] - len(node.meta["shape"]) + len(shape)
-    return own if 0 <= own < len(shape) and shape[own] == len(units) else None
+    return (own, units) if 0 <= own < len(shape) and shape[own] == len(units) else None
 
 
 def _owners(operand: fx.Node, axis: int, names: set[str], values: dict[str, Tensor]) -> dict[str, Tensor]:
