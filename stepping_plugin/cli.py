@@ -272,7 +272,8 @@ def _show(arguments: argparse.Namespace, measured: Any, table: Callable[[Any], A
     from .machine import describe_machine
 
     if arguments.json:
-        print(json.dumps({"machine": describe_machine(), "measured": measured}, indent=2))
+        results = measured if isinstance(measured, dict) else {"results": measured}
+        print(json.dumps({"machine": describe_machine(), **results}, indent=2))
     else:
         Console(soft_wrap=True).print(table(measured))
     return 0

@@ -111,7 +111,7 @@ def training() -> str:
     report = bench("training")
     rows = [
         [r["model"], str(r["img_size"]), str(r["batch_size"]), *[f"{r['ratio'][k]:.2f}" for k in ("joint", "separate")]]
-        for r in report["measured"]
+        for r in report["results"]
     ]
     table = markdown(["network", "pixels", "batch", "all 4 subnets at once / plain", "4 separate nets / plain"], rows)
     return f"{table}\n\n{_machine(report['machine'])}"
@@ -122,10 +122,10 @@ def engine_summary() -> str:
     header = ["network", "MACs"]
     columns: list[dict[str, Json]] = []
     for report in reports:
-        for size in sorted({r["batch_size"] for r in report["measured"]["results"]}):
+        for size in sorted({r["batch_size"] for r in report["results"]}):
             threads = report["machine"]["threads"]
             header.append(f"batch {size}, {threads} thread{'s' if threads > 1 else ''}")
-            columns.append({r["model"]: r for r in report["measured"]["results"] if r["batch_size"] == size})
+            columns.append({r["model"]: r for r in report["results"] if r["batch_size"] == size})
     rows = [
         [
             name,
@@ -141,7 +141,7 @@ def engine_steps() -> str:
     parts = []
     for report in _engine_reports():
         rows = []
-        for r in report["measured"]["results"]:
+        for r in report["results"]:
             rows.append([r["model"], str(r["batch_size"]), f"{r['dense']:.1f}", _listed(r["steps"]),
                          _listed(r["subnets"]), f"{r['ratio']:.2f}", f"{r['scratch_ratio']:.2f}",
                          f"{max(a / b for a, b in zip(r['steps'], r['subnets'], strict=True)):.2f}",
@@ -160,7 +160,7 @@ def deadlines() -> str:
     reports = [bench(path.stem) for path in sorted(MEASURED.glob("deadline-*.json"))]
     rows = []
     for report in reports:
-        for r in report["measured"]:
+        for r in report["results"]:
             late = r["late_by_ms"]
             rows.append([r["model"], str(r["load"]), str(r["requests"]), str(r["in_time"]), str(r["late_in_subnet_1"]),
                          str(r["late_in_a_step"]), f"{late['median']:.1f} / {late['largest']:.1f} ms",
@@ -173,7 +173,7 @@ def deadlines() -> str:
 def structure() -> str:
     report = bench("structure")
     rows = []
-    for r in sorted(report["measured"], key=lambda r: r["parameters"]):
+    for r in sorted(report["results"], key=lambda r: r["parameters"]):
         rows.append([r["model"], f"{r['parameters'] / 1e6:,.0f}", f"{r['channels']:,}", f"{r['units']:,}",
                      f"{r['pinned_channels']:,}", f"{r['macs'] / 1e9:,.0f}", f"{r['floor_share']:.2%}",
                      f"{r['cpu_seconds']:.1f}", f"{r['cpu_seconds'] / r['channels'] * 1e6:.0f}",

@@ -217,7 +217,7 @@ def test_structure_without_weights(capsys):
     facts = structure("test_vit")
     assert (facts["channels"], facts["pinned_channels"]) == (3136, 0) and facts["macs"] > 0
     assert main(["coverage", "--structure", "test_vit", "--json"]) == 0
-    measured = json.loads(capsys.readouterr().out)["measured"]
+    measured = json.loads(capsys.readouterr().out)["results"]
     assert [row["model"] for row in measured] == ["test_vit"] and measured[0]["macs"] == facts["macs"]
     assert main(["coverage", "--structure", "resnet81"]) == 1
     assert "resnet81" in capsys.readouterr().err
