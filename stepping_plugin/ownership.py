@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from .graph.labels import Role
 from .graph.program import call_arg, is_static, op_name, tensor_inputs
 from .graph.rules import ELEMENTWISE
+from .nested.module import channel_levels
 from .units import Analysis, channel_axis, full_units
 
 __all__ = ["NEVER", "first_readers"]
@@ -38,10 +39,6 @@ def first_readers(analysis: Analysis, levels: Tensor) -> dict[fx.Node, Tensor]:
     return found
 
 
-def _levels(units: Tensor, levels: Tensor) -> Tensor:
-    return torch.where(units >= 0, levels[units.clamp(min=0)], 1)
-
-
 def _reader(node: fx.Node, operand: fx.Node, levels: Tensor) -> Tensor:
     name, rank = op_name(node), len(operand.meta["shape"])
     if name == "linear" or name.startswith("conv"):
@@ -53,7 +50,7 @@ def _reader(node: fx.Node, operand: fx.Node, levels: Tensor) -> Tensor:
     units = node.meta["units"]
     if units is None or axis is None or operand.meta["shape"][axis] != len(units):
         return torch.ones([1] * rank, dtype=torch.long)
-    return _levels(units, levels).reshape([-1 if d == axis else 1 for d in range(rank)])
+    return channel_levels(levels, units).reshape([-1 if d == axis else 1 for d in range(rank)])
 
 
 def _weight_reader(node: fx.Node, weight: fx.Node, levels: Tensor) -> Tensor:
@@ -61,8 +58,8 @@ def _weight_reader(node: fx.Node, weight: fx.Node, levels: Tensor) -> Tensor:
     role, shape = node.meta.get("role"), weight.meta["shape"]
     source: fx.Node = node.args[0]  # type: ignore[assignment]
     everything = torch.ones([1] * len(shape), dtype=torch.long)
-    columns = _levels(full_units(source, channel_axis(source, node)), levels)
-    rows = _levels(full_units(node, channel_axis(node)), levels)
+    columns = channel_levels(levels, full_units(source, channel_axis(source, node)))
+    rows = channel_levels(levels, full_units(node, channel_axis(node)))
     transposed = "transpose" in op_name(node)
     if role == Role.CHANNELS:
         first = torch.where(columns[None, :] <= rows[:, None], rows[:, None], NEVER)

@@ -195,7 +195,10 @@ def test_results_are_sorted_and_readable(tmp_path):
     assert [r["model"] for r in read_results(tmp_path / "r.json")] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("seed", [*range(10), *range(10_000, 10_010)])
+BROKEN_ONCE = [10_616]  # subnets without any unit of their own
+
+
+@pytest.mark.parametrize("seed", [*range(10), *range(10_000, 10_010), *BROKEN_ONCE])
 def test_random_networks(seed):
     check_network(random_network(seed), seed)
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import timm
+import timm.optim
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from ..graph.operands import VIEWS
 from ..graph.program import Program, call_arg, is_static, op_name, static_value
+from ..nested.module import channel_levels
 from .fold import fold_batch_norms, fold_norm_weights
 
 __all__ = ["BatchAxis", "Plan", "batch_axes", "norm_options", "normalised_axes", "spread"]
@@ -53,10 +54,7 @@ class Plan:
 
     def _levels_of(self, node: fx.Node) -> Tensor:
         """Level of every position along the unit axis of a node."""
-        units = node.meta["units"]
-        if not len(self.levels):
-            return torch.ones_like(units)
-        return torch.where(units >= 0, self.levels[units.clamp(min=0)], 1)
+        return channel_levels(self.levels, node.meta["units"])
 
     def prefix_positions(self, node: fx.Node, level: int) -> Tensor:
         """Positions of levels up to `level`, ordered by level."""

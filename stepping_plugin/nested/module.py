@@ -125,7 +125,7 @@ class NestedModule(nn.Module):
 
 def channel_levels(levels: Tensor, units: Tensor) -> Tensor:
     """Level per channel from unit per channel; -1 (always available) is level 1."""
-    return torch.where(units >= 0, levels[units.clamp(min=0)], 1)
+    return torch.cat([levels, levels.new_ones(1)])[units]  # a small subnet may have no unit at all
 
 
 def weight_layouts(analysis: Analysis) -> dict[str, tuple[tuple[int, ...], bool]]:
