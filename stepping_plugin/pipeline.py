@@ -406,14 +406,13 @@ def _save_weights(model: nn.Module, path: Path) -> None:
 def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise SteppingError(f"checkpoint_path: no such file: {path}")
-    try:
-        tensors = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix != ".safetensors":
+        raise SteppingError(
+            f"checkpoint_path: got {path}, expected a .safetensors file: other formats can hold code (pickle). If you "
+            "trust the file, convert it once: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+            "'weights.safetensors')."
         )
-        if isinstance(tensors.get("state_dict"), dict):
-            tensors = tensors["state_dict"]
-        model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(load_file(path))
     except Exception as error:
         raise CheckpointError(f"{path}: not the weights of {type(model).__name__} as built here ({error}).") from None

@@ -47,7 +47,7 @@ class TeacherConfig(Section):
 
     name: str | None = key(None, "timm model, for example resnet18, lenet5 or vit_tiny_patch16_224.augreg_in21k")
     pretrained: bool = key(False, "start from timm's pretrained weights (downloads them)")
-    checkpoint_path: str | None = key(None, "file of weights to start from, .safetensors or .pth")
+    checkpoint_path: str | None = key(None, ".safetensors file of weights to start from")
     kwargs: dict[str, Any] = key({}, "further arguments of timm.create_model, for example width_mult or drop_path_rate")
 
     @field_validator("name")

@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -213,6 +214,10 @@ def test_torch_export_equals_the_engine(name, tmp_path):
     manifest = engine.export(tmp_path)
     assert manifest == json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["batch"] == "dynamic" and manifest["macs"] == engine.macs and not manifest["notes"]
+    for step in manifest["steps"]:
+        with zipfile.ZipFile(tmp_path / step["file"]) as archive:  # torch's pickles are archives of their own, or .pkl
+            members = archive.namelist()
+            assert members and not [m for m in members if m.endswith(".pkl") or archive.read(m)[:2] == b"PK"]
     modules = {s["file"]: torch.export.load(tmp_path / s["file"]).module() for s in manifest["steps"]}
     for size in (1, 4):
         x = batch(engine, size)

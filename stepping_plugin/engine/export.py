@@ -180,6 +180,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _write_torch(captured: torch.export.ExportedProgram, program: StepProgram, path: Path) -> None:
+    captured.example_inputs = None  # type: ignore[assignment]  # they would be saved as a pickle; nobody reads them
     torch.export.save(captured, path)
 
 
