@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import SteppingError, nearest
+from .errors import SteppingError
 
 __all__ = ["main"]
 
@@ -319,10 +319,9 @@ def build_model(name: str, num_classes: int | None = None, img_size: int | None 
     """
     import timm
 
-    from .integrations.timm import models as _  # noqa: F401 - registers the paper's networks
+    from .integrations.timm.models import require_model
 
-    if not timm.is_model(name):
-        raise SteppingError(f"model: timm has no model {name!r}; {nearest(name, timm.list_models())}")
+    require_model(name)
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if img_size is not None:
         try:

@@ -22,13 +22,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import timm
 from timm.layers import to_2tuple
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from stepping_plugin.errors import SteppingError
+from stepping_plugin.errors import SteppingError, nearest
 
-__all__ = ["DigitsNet", "LeNet3C1L", "LeNet5", "ResNet56", "ResNetTiny", "VGGCifar", "VGGTiny"]
+__all__ = ["DigitsNet", "LeNet3C1L", "LeNet5", "ResNet56", "ResNetTiny", "VGGCifar", "VGGTiny", "require_model"]
 
 ImgSize = int | tuple[int, int]
 NetT = TypeVar("NetT", bound=nn.Module)
@@ -394,3 +395,13 @@ def vgg_tiny(pretrained: bool = False, **kwargs: Any) -> VGGTiny:
 def vit_pico(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     shape = {"img_size": 28, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 10}
     return _create(VisionTransformer, "vit_pico", pretrained, {**shape, **kwargs})
+
+
+def require_model(name: str) -> None:
+    """Make sure that timm, or this module, has a model of that name.
+
+    Raises:
+        SteppingError: it has not; names the nearest one.
+    """
+    if not timm.is_model(name):
+        raise SteppingError(f"model: timm has no model {name!r}; {nearest(name, timm.list_models())}")

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from tqdm import tqdm
 
-from ..errors import SteppingError, nearest
+from ..integrations.timm.models import require_model
 from ..levels import floor_macs
 from ..macs import MacModel
 from ..units import analyse
@@ -53,8 +53,8 @@ def structures(names: Iterable[str]) -> Iterator[dict[str, Any]]:
         SteppingError: timm has no such model.
     """
     names = list(names)
-    if unknown := [name for name in names if not timm.is_model(name)]:
-        raise SteppingError(f"model: timm has no model {unknown[0]!r}; {nearest(unknown[0], timm.list_models())}")
+    for name in names:
+        require_model(name)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         yield from tqdm(pool.imap(structure, names), unit="model", disable=None)
 
