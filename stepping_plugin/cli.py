@@ -130,7 +130,7 @@ def _add_coverage(commands: Any) -> None:
     which.add_argument(
         "--family-second",
         action="store_true",
-        help="the next larger variant of every timm module: the smallest with at least 1.3 times the parameters",
+        help="another size of every timm module, mostly the smallest with at least 1.3 times the parameters",
     )
     which.add_argument("--all-variants-under", type=float, metavar="PARAMS", help="every timm model below, e.g. 5e6")
     coverage.add_argument("--jobs", type=int, default=1, help="models at a time (1)")

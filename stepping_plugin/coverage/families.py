@@ -186,18 +186,18 @@ def select(
             one of the other choices they narrow it down.
         family_smallest: the models of `FAMILIES` and `TORCHVISION`.
         all_variants_under: every timm model with fewer parameters than this.
-        family_second: the next size of every module of timm, see `variants.next_larger`.
+        family_second: a model of another size of every module of timm, see `variants.next_sizes`.
         cache: file that keeps counted parameters, see `variants.parameter_counts`.
         say: called with lines of progress.
 
     Raises:
         SteppingError: nothing matches.
     """
-    from .variants import next_larger, variants_under
+    from .variants import next_sizes, variants_under
 
     patterns = list(patterns)
     if family_second:
-        specs = next_larger(patterns, cache, say)
+        specs = next_sizes(patterns, cache, say)
     elif all_variants_under is not None:
         specs = variants_under(all_variants_under, patterns, cache, say)
     elif patterns and not family_smallest:

@@ -17,9 +17,9 @@ from torch import nn
 
 from .families import CLASSES, FAMILIES, Spec
 
-__all__ = ["NEXT_SIZE", "fitted", "next_larger", "parameter_counts", "variants_under"]
+__all__ = ["NEXT_SIZE", "fitted", "next_sizes", "parameter_counts", "variants_under"]
 
-NEXT_SIZE = 1.3  # a family's next size has at least this many times the parameters
+NEXT_SIZE = 1.3  # the next size has at least this many times the parameters, or pixels a side
 LARGE = 60_000_000  # above it, the first and second models of a family are reduced
 WIDER = {"embed_dim": (4, 3), "num_heads": (4, 3)}  # of a reduced second model, over the first one's
 IMAGES = (64, 80, 96, 112, 128, 160, 192, 224, 240, 256, 288, 384, 448)
@@ -85,30 +85,33 @@ def variants_under(limit: int, patterns: list[str], cache: Path | None, say: Say
     return [Spec(name, modules[name], None) for name in chosen if counts[name] < limit]
 
 
-def next_larger(patterns: list[str], cache: Path | None, say: Say) -> list[Spec]:
-    """The next size of every module: the smallest with at least `NEXT_SIZE` times the parameters of its first model.
+def next_sizes(patterns: list[str], cache: Path | None, say: Say) -> list[Spec]:
+    """Every module's model of another size than its first one.
 
-    Modules without a larger variant are left out. A next size of more than `LARGE` parameters in a module whose first
-    model is reduced is reduced in the same way, a third wider.
+    That is the smallest with at least `NEXT_SIZE` times the first one's parameters; without such a model the largest of
+    those that differ; in a module of one size the first one on larger images. A model of more than `LARGE` parameters
+    in a module whose first model is reduced is reduced in the same way, a third wider.
     """
     import timm
 
     families = [s for s in FAMILIES if not patterns or _matches(patterns, s.model, s.module)]
     members = {s.module: timm.list_models(module=s.module) for s in families}
-    counts = parameter_counts([name for names in members.values() for name in names], cache, say)
-    specs, alone = [], []
-    for first in families:
-        larger = [n for n in members[first.module] if counts[n] >= NEXT_SIZE * counts[first.model]]
-        if not larger:
-            alone.append(first.module)
-            continue
-        name = min(larger, key=lambda n: (counts[n], n))
-        reduced = first.reduced if counts[name] > LARGE else {}
-        wider = {k: v * WIDER[k][0] // WIDER[k][1] if k in WIDER else v for k, v in reduced.items()}
-        specs.append(Spec(name, first.module, None, wider))
-    if alone:
-        say(f"no larger variant: {', '.join(alone)}")
-    return specs
+    # timm lists no deprecated names, which some first models have.
+    counted = dict.fromkeys([s.model for s in families] + [name for names in members.values() for name in names])
+    counts = parameter_counts(counted, cache, say)
+    return [_next_size(first, {name: counts[name] for name in members[first.module]}, counts) for first in families]
+
+
+def _next_size(first: Spec, members: dict[str, int], counts: dict[str, int]) -> Spec:
+    own = counts[first.model]
+    larger = [n for n, count in members.items() if count >= NEXT_SIZE * own]
+    others = [n for n, count in members.items() if count != own]
+    if not others:
+        return replace(first, image=next(s for s in IMAGES if s >= NEXT_SIZE * (first.image or 0)))
+    name = min(larger, key=lambda n: (counts[n], n)) if larger else max(others, key=lambda n: (counts[n], n))
+    reduced = first.reduced if counts[name] > LARGE else {}
+    wider = {k: v * WIDER[k][0] // WIDER[k][1] if k in WIDER else v for k, v in reduced.items()}
+    return Spec(name, first.module, None, wider)
 
 
 def _modules() -> dict[str, str]:
