@@ -153,6 +153,8 @@ def _coverage(arguments: argparse.Namespace) -> int:
     from .coverage.runner import run_coverage
     from .coverage.table import summary_lines, write_table
 
+    if arguments.json and not arguments.structure:
+        raise SteppingError("--json goes with --structure. Results of models are JSON anyway, in the file --output.")
     if arguments.fuzz:
         from .coverage.fuzz import run_fuzz
 

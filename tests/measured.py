@@ -184,16 +184,33 @@ def structure() -> str:
 
 
 def coverage() -> str:
-    rows = json.loads((ROOT / "docs" / "coverage_results.json").read_text(encoding="utf-8"))
-    timm_rows = [r for r in rows if not r["model"].startswith("torchvision:")]
-    kinds = {"timm": timm_rows, "torchvision": [r for r in rows if r not in timm_rows]}
+    first, second = (
+        json.loads((ROOT / "docs" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("coverage_results", "coverage_second")
+    )
+    smallest = [r for r in first if not r["model"].startswith("torchvision:")]
+    kinds = {
+        "timm, smallest": smallest,
+        "timm, another size": second,
+        "torchvision": [r for r in first if r not in smallest],
+    }
     table = []
     for kind, own in kinds.items():
         few = len({r["module"] for r in own if r.get("pinned_share", 1.0) < 0.01})
         passed = sum(r["status"] == "ok" for r in own)
         table.append([kind, str(len({r["module"] for r in own})), str(len(own)), str(passed), str(few)])
-    header = ["library", "modules", "models", "pass every check", "modules with less than 1 % of the channels pinned"]
+    header = ["models of", "modules", "models", "pass every check", "modules with less than 1 % of the channels pinned"]
     return markdown(header, table)
+
+
+def left_out() -> str:
+    rows = []
+    for r in bench("left_out")["results"]:
+        *smaller, largest = r["differences"]
+        rows.append([r["variant"], r["network"], f"{r['steps']:,}", str(r["seeds"]),
+                     *[f"{d:+.2f}" for d in smaller], f"{largest:+.2f} ± {r['largest_deviation']:.1f}"])  # fmt: skip
+    header = ["variant", "network", "updates", "seeds", "subnet 1", "subnet 2", "subnet 3", "subnet 4"]
+    return markdown(header, rows)
 
 
 def comparison() -> str:
@@ -211,6 +228,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "deadlines": deadlines,
     "structure": structure,
     "coverage": coverage,
+    "left-out": left_out,
     "comparison": comparison,
 }
 

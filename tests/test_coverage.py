@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from stepping_plugin import SteppingError
+from stepping_plugin import SteppingError, SteppingNet
 from stepping_plugin.cli import main
 from stepping_plugin.coverage import check as checks
 from stepping_plugin.coverage import runner
@@ -18,6 +18,7 @@ from stepping_plugin.coverage.runner import check_in_process, read_results, run_
 from stepping_plugin.coverage.structure import structure
 from stepping_plugin.coverage.table import markdown_table, summary_lines
 from stepping_plugin.coverage.variants import fitted
+from stepping_plugin.units import analyse
 
 SMALL = Spec("test_vit", "vision_transformer", 32, {"img_size": 32, "depth": 2})
 
@@ -63,6 +64,35 @@ def test_idle_macs_are_those_without_a_gradient():
     assert needed == subject.net.deploy().macs != subject.net.macs
     subject.net.set_levels(subject.level_vectors()[0])
     assert checks.reached_macs(subject.net, subject.images) == subject.net.deploy().macs == subject.net.macs
+
+
+class HeadsBesideImages(nn.Module):
+    """Attention that joins the axes of images and heads, as timm's SAM does."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.qkv = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 24)
+        self.out, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, 4).permute(2, 0, 3, 1, 4).reshape(3, b * 2, n, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head(self.out(y.reshape(b, 2, n, 4).transpose(1, 2).reshape(b, n, 8)).mean(1))
+
+
+def test_needed_macs_of_heads_beside_images():
+    """The units are the heads, the axis that they lie on holds those of all images."""
+    torch.manual_seed(0)
+    model = HeadsBesideImages().double().eval()
+    analysis = analyse(model, (3, 16, 16))
+    levels = torch.ones(analysis.num_units, dtype=torch.long)
+    for group in analysis.groups:
+        levels[group.units[len(group.units) // 2 :]] = 2
+    net = SteppingNet(model, analysis, levels, [1, 2], 1).eval()
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    assert checks.reached_macs(net, images) == net.macs
 
 
 def test_engine_check_counts_what_runs(monkeypatch):
@@ -127,6 +157,7 @@ def test_another_size_of_a_module(tmp_path):
     assert select(["tiny_vit"], family_second=True, cache=cache, say=said.append) == [spec] and len(said) == 1
     (reduced,) = select(["beit"], family_second=True)
     assert reduced.model == "beit_large_patch16_224" and reduced.kwargs["embed_dim"] == 256
+    assert select(["gemma4_vit"], family_second=True)[0].model == "gemma4_vit_570m"  # 570m_enc gives features only
     assert select(["vgg"], family_second=True) == [Spec("vgg19_bn", "vgg", None, {"mlp_ratio": 0.25})]
     # One size only, and a first model whose name timm does not list any more.
     assert select(["inception_resnet_v2"], family_second=True) == [
@@ -184,10 +215,11 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "every check passed: 1" in capsys.readouterr().out
 
 
-def test_committed_results_and_table_belong_together():
+@pytest.mark.parametrize("name, page", [("coverage_results", "coverage"), ("coverage_second", "coverage_second")])
+def test_committed_results_and_table_belong_together(name, page):
     docs = Path(__file__).parents[1] / "docs"
-    rows = read_results(docs / "coverage_results.json")
-    page = (docs / "coverage.md").read_text()
+    rows = read_results(docs / f"{name}.json")
+    page = (docs / f"{page}.md").read_text()
     assert markdown_table(rows) in page
     assert "\n".join(summary_lines(rows)) in page
     assert {row["module"] for row in rows} >= {spec.module for spec in FAMILIES}
@@ -228,3 +260,5 @@ def test_structure_without_weights(capsys):
     assert [row["model"] for row in measured] == ["test_vit"] and measured[0]["macs"] == facts["macs"]
     assert main(["coverage", "--structure", "resnet81"]) == 1
     assert "resnet81" in capsys.readouterr().err
+    assert main(["coverage", "--models", "test_vit", "--json"]) == 1
+    assert "--json goes with --structure" in capsys.readouterr().err

@@ -239,7 +239,7 @@ def engine(subject: Subject) -> dict[str, Any]:
         if counted != deployed.macs:
             raise Failed(f"MACs executed {counted}, reported by the engine {deployed.macs}")
         if deployed.macs != reported:
-            needed = reached_macs(subject.net, subject.images[:1])
+            needed = reached_macs(subject.net, subject.images)
             if not all(a <= b <= c for a, b, c in zip(needed, deployed.macs, reported)):
                 raise Failed(f"MACs executed {counted}, of the net {reported}, that scores depend on {needed}")
             idle = [max(k, b - a) for k, a, b in zip(idle, deployed.macs, reported)]

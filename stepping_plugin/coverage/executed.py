@@ -38,6 +38,10 @@ def reached_macs(net: SteppingNet, images: Tensor) -> list[int]:
 
     An oracle that knows nothing of step programs: an engine may leave out the other channels and must compute these.
     It is a lower bound: layers that are evaluated once per subnet are left out but for the classifier.
+
+    Args:
+        images: at least two; for one image torch 2.14 has been seen to give the input of a batch norm in eval mode the
+            gradients of other channels.
     """
     layers = {layer.node: layer for layer in net.analysis.layers}
     probing = _Probing(net._graphs[False].module, set(layers))
@@ -99,7 +103,8 @@ def _macs_per_level(net: SteppingNet, layer: Layer, gradient: Tensor | None, see
         return result
     needed = torch.ones(len(units))
     if gradient is not None:
-        needed = (gradient.movedim(axis, 0).flatten(1) != 0).any(1).cpu()
+        reached = (gradient.movedim(axis, 0).flatten(1) != 0).any(1).cpu()
+        needed = reached.reshape(-1, len(units)).any(0)  # images outermost in an axis of images and heads
     if layer.role == Role.CHANNELS:
         return _live(net, layer, macs, needed)
     own = channel_levels(net.levels, units)

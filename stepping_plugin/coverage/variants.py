@@ -104,14 +104,20 @@ def next_sizes(patterns: list[str], cache: Path | None, say: Say) -> list[Spec]:
 
 def _next_size(first: Spec, members: dict[str, int], counts: dict[str, int]) -> Spec:
     own = counts[first.model]
-    larger = [n for n, count in members.items() if count >= NEXT_SIZE * own]
-    others = [n for n, count in members.items() if count != own]
-    if not others:
+    smallest_first = sorted(members, key=lambda n: (members[n], n))
+    larger = [n for n in smallest_first if members[n] >= NEXT_SIZE * own]
+    others = [n for n in reversed(smallest_first) if own != members[n] < NEXT_SIZE * own]
+    name = next((n for n in larger + others if _has_classifier(n)), None)
+    if name is None:
         return replace(first, image=next(s for s in IMAGES if s >= NEXT_SIZE * (first.image or 0)))
-    name = min(larger, key=lambda n: (counts[n], n)) if larger else max(others, key=lambda n: (counts[n], n))
     reduced = first.reduced if counts[name] > LARGE else {}
     wider = {k: v * WIDER[k][0] // WIDER[k][1] if k in WIDER else v for k, v in reduced.items()}
     return Spec(name, first.module, None, wider)
+
+
+def _has_classifier(name: str) -> bool:
+    """Encoders of timm give features whatever number of classes they are asked for."""
+    return getattr(_without_weights(name, {}), "num_classes", 0) == CLASSES
 
 
 def _modules() -> dict[str, str]:
