@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import SteppingError, nearest
+from ..integrations.torch_pruning.to_budget import PRUNERS
 from ..recipe import load_recipe
 from ..recipe_schema import Recipe
 
@@ -38,7 +39,14 @@ class Variant:
     def ignores(self, key: str) -> bool:
         """Whether a recipe key has no influence on this variant's numbers."""
         section, _, name = key.partition(".")
-        return key in _FREE or (section == "construction" and self.method != "stepping" and name in _STRUCTURE)
+        if section != "construction" or self.method == "stepping":
+            return key in _FREE
+        return name in _STRUCTURE or (name in _OPTIMISER and not self.regularises)
+
+    @property
+    def regularises(self) -> bool:
+        """Whether it is a pruner of the toolkit that trains towards sparsity, for as long as a construction takes."""
+        return self.method == "toolkit" and PRUNERS[self.name.removeprefix("tp-")].sparse
 
     def recipe(self, name: str, overrides: Sequence[str] = (), seed: int = 0) -> Recipe:
         """A recipe (path or name) as this variant runs it.
@@ -56,7 +64,7 @@ class Variant:
 
 
 _FREE = ("output", "device", "data.root", "data.download", "data.workers")
-_STRUCTURE = frozenset(  # of nested nets; other methods take the number of updates and the optimizer from this section
+_STRUCTURE = frozenset(  # of nested nets; other methods take the number of updates from this section
     [
         "flow",
         "policy",
@@ -72,6 +80,7 @@ _STRUCTURE = frozenset(  # of nested nets; other methods take the number of upda
         "updates",
     ]
 )
+_OPTIMISER = frozenset(["opt", "lr", "momentum", "weight_decay", "clip_grad", "amp", "amp_dtype"])
 # Spelled out, because a recipe may ask for the paper's construction.
 _OURS = (
     "construction.flow=trajectory",
@@ -111,6 +120,7 @@ METHODS: dict[str, Variant] = {
 _EXPANSIONS = (1.0, 1.2, 1.5, 1.8, 2.0, 2.5)
 _ABLATION = {
     "no-suppression": ("without suppression", ["construction.beta=1", "retrain.beta=1"]),
+    "strong-suppression": ("suppression with beta 0.5", ["retrain.beta=0.5"]),
     "no-distillation": ("without distillation", ["retrain.distill_from=none"]),
     "in-place-distillation": ("the largest subnet teaches", ["retrain.distill_from=largest"]),
     "neither": ("without both", ["construction.beta=1", "retrain.beta=1", "retrain.distill_from=none"]),
