@@ -231,7 +231,8 @@ def test_results_are_sorted_and_readable(tmp_path):
     assert [r["model"] for r in read_results(tmp_path / "r.json")] == ["a", "b", "c"]
 
 
-BROKEN_ONCE = [10_616]  # subnets without any unit of their own
+# Subnets without any unit of their own; a layer behind an extremum over units counted once, but run once per subnet.
+BROKEN_ONCE = [10_616, 12_427]
 
 
 @pytest.mark.parametrize("seed", [*range(10), *range(10_000, 10_010), *BROKEN_ONCE])

@@ -228,6 +228,8 @@ HEAD_OPERATORS = {"linear", "conv2d", "conv1d", "addmm", "mm"}
 
 def _label(labels: Labels, node: fx.Node, rules: dict[str, Rule]) -> None:
     labels.per_level.discard(node)
+    if labels.role.get(node) != Role.HEAD:  # of an earlier pass: what the operator reads may have become one per level
+        labels.role.pop(node, None)
     if "shape" not in node.meta:
         _unknown(labels, node)
         return
