@@ -252,7 +252,7 @@ def _slimmable_family(
 
 def toolkit(job: Job) -> Outcome:
     """Every budget and every increment has a net of its own, pruned by torch-pruning and trained with distillation."""
-    name = job.variant.name.removeprefix("tp-")
+    name = job.variant.pruner
     model, sparse = _sparse_training(job, name)
     loader = job.run.loader("train", job.recipe.retrain.batch_size, "construction")
     gradients = loss_gradients(model, itertools.islice(iter(loader), GRADIENT_BATCHES))

@@ -26,9 +26,10 @@ per recipe, variant and seed:
 All methods share the trained original that they start from and learn from, the order and augmentation of the data, the
 optimizer, the number of updates per network, and the counting of MACs. Nets from scratch get the updates of the
 original's training on top; rows that are marked so get 2.5 times the epochs, which makes their training cost about as
-much as that of the separate nets. SteppingNet and any-width are widened first (`construction.expansion`); slimmable
-and the pruned nets are not wider than the original. The learning rate of the construction and LeNet-5's expansion were
-chosen by the accuracy on LeNet-5 with seeds 0 and 1; nothing else was tuned for any method.
+much as that of the separate nets of the first view (those of the second view cost less). SteppingNet and any-width are
+widened first (`construction.expansion`); slimmable and the pruned nets are not wider than the original. The learning
+rate of the construction and LeNet-5's expansion were chosen by the accuracy on LeNet-5 with seeds 0 and 1; nothing else
+was tuned for any method.
 
 Two views:
 

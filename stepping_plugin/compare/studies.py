@@ -46,7 +46,12 @@ class Variant:
     @property
     def regularises(self) -> bool:
         """Whether it is a pruner of the toolkit that trains towards sparsity, for as long as a construction takes."""
-        return self.method == "toolkit" and PRUNERS[self.name.removeprefix("tp-")].sparse
+        return self.method == "toolkit" and PRUNERS[self.pruner].sparse
+
+    @property
+    def pruner(self) -> str:
+        """Of method "toolkit": name in `PRUNERS`."""
+        return self.name.removeprefix("tp-")
 
     def recipe(self, name: str, overrides: Sequence[str] = (), seed: int = 0) -> Recipe:
         """A recipe (path or name) as this variant runs it.
