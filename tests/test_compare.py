@@ -21,6 +21,7 @@ from stepping_plugin.compare.results import Result, differing, read, read_all, r
 from stepping_plugin.compare.runner import Comparison, compare, flat
 from stepping_plugin.compare.slimmable import Slimmable
 from stepping_plugin.compare.studies import STUDIES, method_variants, study_variants
+from stepping_plugin.compare.tables import Group, difference_table
 from stepping_plugin.integrations.fvcore import count_macs
 from stepping_plugin.integrations.torch_pruning.to_budget import PRUNERS, loss_gradients, prune_to_budget
 from stepping_plugin.macs import MacModel
@@ -333,6 +334,30 @@ def test_the_page_shows_the_data(done, tmp_path, capsys):
             assert f" {100 * answer.accuracy:.2f} " in text
     assert main(["compare"]) == 1 and "give a recipe" in capsys.readouterr().err
     assert main(["compare", "--results", str(tmp_path / "none"), "--page", str(page)]) == 1
+
+
+@pytest.mark.parametrize("view", ["alone", "executed"])
+def test_differences_at_every_budget_are_paired_by_seed(done, view):
+    """Of seeds that both methods have; the accuracies are made up."""
+    by_name = {r.variant: r for r in read_all(done / "results")}
+    ours, theirs = by_name["steppingnet"], by_name["slimmable"]
+    made = {
+        "steppingnet": {0: [0.50, 0.60, 0.70], 1: [0.52, 0.60, 0.75], 2: [0.9, 0.9, 0.9]},
+        "slimmable": {0: [0.51, 0.58, 0.70], 1: [0.55, 0.58, 0.71]},
+    }
+
+    def group(result, accuracies):
+        copies = []
+        for seed, values in accuracies.items():
+            answers = [a.model_copy(update={"accuracy": v}) for a, v in zip(getattr(result, view), values)]
+            copies.append(result.model_copy(update={"seed": seed, view: answers}))
+        return Group(copies)
+
+    groups = [group(ours, made["steppingnet"]), group(theirs, made["slimmable"])]
+    row = difference_table(groups, view).splitlines()[-1]
+    # (1 + 3) / 2, (-2 - 2) / 2, (0 - 4) / 2 points; their spread with n - 1
+    assert row == "| slimmable | +2.00 ± 1.41 | -2.00 ± 0.00 | -2.00 ± 2.83 |"
+    assert difference_table(groups[:1], view) == difference_table(groups[1:], view) == ""
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,6 +18,7 @@ FAST = ["compare_lenet5"]
 SLOW = [
     "compare_resnet",
     "compare_vgg",
+    "compare_vgg_long",
     "compare_vit",
     "compare_cifar10_resnet56",
     "compare_imagenet_resnet50",

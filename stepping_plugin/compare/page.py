@@ -11,7 +11,18 @@ from ..errors import SteppingError
 from .pictures import draw_ablation, draw_curves, png
 from .results import Result, read_all
 from .studies import STUDIES
-from .tables import VIEWS, Group, accuracy_table, arrival_table, changes_table, cost_table, failures, markdown, spread
+from .tables import (
+    VIEWS,
+    Group,
+    accuracy_table,
+    arrival_table,
+    changes_table,
+    cost_table,
+    difference_table,
+    failures,
+    markdown,
+    spread,
+)
 
 __all__ = ["page_text", "summary_table", "write_page"]
 
@@ -110,6 +121,8 @@ def _recipe_section(name: str, results: list[Result], folder: str) -> str:
     parts = [f"## {_title(results[0])}\n", _facts(results)]
     for view, title in VIEWS.items():
         parts += [f"### {title[0].upper() + title[1:]}\n", accuracy_table(methods, view), ""]
+        if differences := difference_table(methods, view):
+            parts += [differences, ""]
     parts += [f"![accuracy against MACs]({folder}/{name}-methods.png)\n"]
     parts += ["### What it takes\n", _COST, cost_table(methods), ""]
     parts += ["### When budgets arrive one after the other\n", _ARRIVAL, arrival_table(methods), ""]

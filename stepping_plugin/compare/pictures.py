@@ -36,6 +36,7 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+        panel.set_axisbelow(True)
     return figure, axes
 
 
@@ -62,17 +63,24 @@ def draw_curves(groups: Sequence[Group], views: Sequence[str] = tuple(VIEWS)) ->
 
 
 def draw_ablation(groups: Sequence[Group]) -> Figure:
-    """Accuracy of every subnet, one bar per variant."""
+    """Accuracy of every subnet, one bar per variant; more variants than a legend inside leaves room for."""
+    from matplotlib import colormaps
+
     figure, (panel,) = _figure(1)
+    figure.set_size_inches(10.5, 4.6)
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     width = 0.8 / len(groups)
     for k, group in enumerate(groups):
         columns = group.accuracies("alone")
         places = [i + (k - (len(groups) - 1) / 2) * width for i in range(len(columns))]
         errors = [stdev(c) if len(c) > 1 else 0.0 for c in columns]
-        panel.bar(places, [mean(c) for c in columns], width * 0.92, yerr=errors, capsize=2, label=group.label)
+        panel.bar(
+            places, [mean(c) for c in columns], width * 0.92, yerr=errors, capsize=1.5, label=group.label,
+            color=colours[k % len(colours)], error_kw={"elinewidth": 0.8},
+        )  # fmt: skip
     values = [v for group in groups for column in group.accuracies("alone") for v in column]
     panel.set_ylim(min(values) - 1.5, max(values) + 1.0)
     panel.set_xticks(range(len(columns)), [f"subnet {i + 1}" for i in range(len(columns))])
     panel.set_ylabel("accuracy, %")
-    panel.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     return figure

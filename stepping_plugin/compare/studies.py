@@ -131,6 +131,9 @@ _ABLATION = {
     "neither": ("without both", ["construction.beta=1", "retrain.beta=1", "retrain.distill_from=none"]),
     "sequential": ("sequential updates", ["construction.updates=sequential", "retrain.updates=sequential"]),
     "equal-shares": ("copies with equal shares", ["construction.noise=0"]),
+    "random-importance": ("units ranked at random", ["construction.importance=random"]),
+    "uniform-widths": ("widths nearly uniform", ["construction.band=[0.97,1.03]"]),
+    "free-widths": ("widths free", ["construction.band=null"]),
 }
 
 STUDIES: dict[str, list[Variant]] = {

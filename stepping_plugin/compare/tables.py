@@ -13,8 +13,8 @@ from statistics import mean, stdev
 from .results import Answer, Result
 from .studies import REFERENCE, STUDIES
 
-__all__ = ["VIEWS", "Group", "accuracy_table", "arrival_table", "changes_table", "cost_table", "failures", "markdown",
-           "spread"]  # fmt: skip
+__all__ = ["VIEWS", "Group", "accuracy_table", "arrival_table", "changes_table", "cost_table", "difference_table",
+           "failures", "markdown", "spread"]  # fmt: skip
 
 VIEWS = {"alone": "each subnet alone", "executed": "at equal executed MACs"}
 
@@ -62,7 +62,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def accuracy_table(groups: Sequence[Group], view: str) -> str:
-    """Accuracy per budget, mean over the budgets, and its paired difference to SteppingNet."""
+    """Accuracy per budget, mean over the budgets, and the mean's paired difference to SteppingNet."""
     budgets = _budget_shares(groups[0])
     reference = next((g for g in groups if g.name == REFERENCE), None)
     rows = []
@@ -81,9 +81,27 @@ def _budget_shares(group: Group) -> list[str]:
 def _difference(group: Group, reference: Group | None, view: str) -> str:
     if reference is None or group is reference:
         return ""
-    theirs = dict(zip(reference.seeds, reference.means(view)))
-    pairs = [m - theirs[seed] for seed, m in zip(group.seeds, group.means(view)) if seed in theirs]
+    return _paired(group, group.means(view), reference, reference.means(view))
+
+
+def _paired(group: Group, own: Sequence[float], reference: Group, theirs: Sequence[float]) -> str:
+    """Difference of two numbers per seed, over the seeds that both groups have."""
+    known = dict(zip(reference.seeds, theirs))
+    pairs = [value - known[seed] for seed, value in zip(group.seeds, own) if seed in known]
     return spread(pairs, sign=True) if pairs else ""
+
+
+def difference_table(groups: Sequence[Group], view: str) -> str:
+    """Accuracy minus SteppingNet's at every budget, paired by seed; empty without SteppingNet or other methods."""
+    reference = next((g for g in groups if g.name == REFERENCE), None)
+    others = [g for g in groups if g is not reference]
+    if reference is None or not others:
+        return ""
+    theirs = reference.accuracies(view)
+    rows = [
+        [g.label, *[_paired(g, own, reference, ref) for own, ref in zip(g.accuracies(view), theirs)]] for g in others
+    ]
+    return markdown(["minus SteppingNet", *_budget_shares(reference)], rows)
 
 
 def cost_table(groups: Sequence[Group]) -> str:
