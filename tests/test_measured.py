@@ -6,6 +6,7 @@ import re
 import measured
 import pytest
 
+from stepping_plugin.compare.results import read_all
 from stepping_plugin.recipe import load_recipe
 
 
@@ -19,6 +20,34 @@ def test_a_wrong_figure_is_noticed():
     accuracy = measured._percent(measured.runs()["digits"][0]["subnets"][0]["accuracy"])
     assert accuracy in text
     assert measured.filled(text.replace(accuracy, "99.99 %")) == text
+
+
+def test_the_short_list_in_the_readme_says_what_the_data_say():
+    """Of each recipe, over the seeds that both methods have: mean accuracy minus SteppingNet's, in every view."""
+    found = {(r.recipe, r.variant, r.seed): r for r in read_all(measured.RESULTS) if r.status == "done"}
+
+    def ahead(variant, view, chosen=slice(None)):
+        differences = {}
+        for recipe, name, seed in found:
+            if name == variant and (recipe, "steppingnet", seed) in found:
+                ours, theirs = (getattr(found[recipe, n, seed], view)[chosen] for n in ("steppingnet", variant))
+                gain = sum(b.accuracy - a.accuracy for a, b in zip(ours, theirs, strict=True))
+                differences[recipe] = differences.get(recipe, 0) + gain
+        return {recipe for recipe, difference in differences.items() if difference > 0}, set(differences)
+
+    readme = (measured.ROOT / "README.md").read_text(encoding="utf-8")
+    assert "SteppingNet beats slimmable networks" in readme and ahead("slimmable", "executed")[0] == set()
+    assert "on the VGG and the transformer these stay ahead" in readme
+    better, where = ahead("tp-magnitude", "executed")
+    assert where - better == {"compare_lenet5", "compare_resnet"}
+    assert "separately pruned nets are the better choice" in readme
+    better, where = ahead("tp-magnitude", "alone")
+    assert better == where
+    assert "has the worse subnet 1 on every network and the better large" in readme
+    better, where = ahead("any-width", "alone", slice(1))
+    assert better == set() and len(where) >= 4
+    better, where = ahead("any-width", "alone", slice(2, None))
+    assert where - better == {"compare_lenet5"}
 
 
 @pytest.mark.parametrize("path", measured.TEXTS, ids=lambda path: path.name)
