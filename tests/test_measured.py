@@ -48,6 +48,8 @@ def test_the_short_list_in_the_readme_says_what_the_data_say():
     assert better == set() and len(where) >= 4
     better, where = ahead("any-width", "alone", slice(2, None))
     assert where - better == {"compare_lenet5"}
+    assert "That of `compare_vgg` is not, and there training without it" in readme
+    assert all("compare_vgg" in ahead(name, "alone")[0] for name in ("no-distillation", "in-place-distillation"))
 
 
 @pytest.mark.parametrize("path", measured.TEXTS, ids=lambda path: path.name)

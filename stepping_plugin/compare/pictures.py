@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_ablation", "draw_curves", "png"]
 
+_FAR = 4.0  # points
 _STYLES = ("o-", "s--", "^--", "v:", "D--", "P:", "X:", "<:", ">:", "h:", "*:")
 
 
@@ -63,23 +64,34 @@ def draw_curves(groups: Sequence[Group], views: Sequence[str] = tuple(VIEWS)) ->
 
 
 def draw_ablation(groups: Sequence[Group]) -> Figure:
-    """Accuracy of every subnet, one bar per variant; more variants than a legend inside leaves room for."""
+    """Accuracy of every subnet, one bar per variant.
+
+    There are more variants than a legend inside leaves room for. A bar that ends far below the first variant's has its
+    number instead: it would squeeze the others.
+    """
     from matplotlib import colormaps
 
     figure, (panel,) = _figure(1)
     figure.set_size_inches(10.5, 4.6)
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     width = 0.8 / len(groups)
+    values = [v for group in groups for column in group.accuracies("alone") for v in column]
+    lowest = min(v for column in groups[0].accuracies("alone") for v in column) - _FAR
+    bottom = max(min(values), lowest) - 1.5
     for k, group in enumerate(groups):
         columns = group.accuracies("alone")
         places = [i + (k - (len(groups) - 1) / 2) * width for i in range(len(columns))]
-        errors = [stdev(c) if len(c) > 1 else 0.0 for c in columns]
+        errors = [stdev(c) if len(c) > 1 and mean(c) >= bottom else 0.0 for c in columns]
         panel.bar(
             places, [mean(c) for c in columns], width * 0.92, yerr=errors, capsize=1.5, label=group.label,
             color=colours[k % len(colours)], error_kw={"elinewidth": 0.8},
         )  # fmt: skip
-    values = [v for group in groups for column in group.accuracies("alone") for v in column]
-    panel.set_ylim(min(values) - 1.5, max(values) + 1.0)
+        for place, column in zip(places, columns):
+            if mean(column) < bottom:
+                panel.text(
+                    place, bottom + 0.1, f"{mean(column):.0f}", rotation=90, ha="center", va="bottom", fontsize=7
+                )
+    panel.set_ylim(bottom, max(values) + 1.0)
     panel.set_xticks(range(len(columns)), [f"subnet {i + 1}" for i in range(len(columns))])
     panel.set_ylabel("accuracy, %")
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
