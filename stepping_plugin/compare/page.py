@@ -43,9 +43,8 @@ rate of the construction and LeNet-5's expansion were chosen by the accuracy on 
 was tuned for any method.
 
 Most recipes train the original and every net for ten epochs, so that all of it runs on a laptop. Such an original has
-more to learn: nets that are trained on from it pass it, and a teacher that its pupils pass teaches them little.
-`compare_vgg_long` is `compare_vgg` with four times the epochs for everybody. There the original is better than most
-nets, and what a method inherits from it counts for more.
+more to learn, and many of the nets that are trained on from it pass it. `compare_vgg_long` is `compare_vgg` with four
+times the epochs for everybody.
 
 Two views:
 

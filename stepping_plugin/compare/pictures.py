@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_ablation", "draw_curves", "png"]
 
-_FAR = 4.0  # points
+_FAR = 4.0  # points below the lowest bar of the first variant
 _STYLES = ("o-", "s--", "^--", "v:", "D--", "P:", "X:", "<:", ">:", "h:", "*:")
 
 
@@ -75,11 +75,10 @@ def draw_ablation(groups: Sequence[Group]) -> Figure:
     figure.set_size_inches(10.5, 4.6)
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     width = 0.8 / len(groups)
-    values = [v for group in groups for column in group.accuracies("alone") for v in column]
-    lowest = min(v for column in groups[0].accuracies("alone") for v in column) - _FAR
-    bottom = max(min(values), lowest) - 1.5
-    for k, group in enumerate(groups):
-        columns = group.accuracies("alone")
+    bars = [group.accuracies("alone") for group in groups]
+    values = [v for columns in bars for column in columns for v in column]
+    bottom = max(min(values), min(map(min, bars[0])) - _FAR) - 1.5
+    for k, (group, columns) in enumerate(zip(groups, bars)):
         places = [i + (k - (len(groups) - 1) / 2) * width for i in range(len(columns))]
         errors = [stdev(c) if len(c) > 1 and mean(c) >= bottom else 0.0 for c in columns]
         panel.bar(
