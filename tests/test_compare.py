@@ -275,6 +275,14 @@ def test_only_what_is_missing_is_run(done, monkeypatch):
     assert compare(again) == []
 
 
+def test_a_variant_that_is_the_reference_by_another_name_is_not_run_twice(tmp_path):
+    names = [v.name for v in study_variants("expansion")]
+    made, _ = comparison(tmp_path, names, overrides=[*TINY, "construction.expansion=1.5"])
+    assert [v.name for v, _ in made.missing()] == [name for name in names if name != "expansion-1.5"]
+    alone, _ = comparison(tmp_path, ["expansion-1.5"], overrides=[*TINY, "construction.expansion=1.5"])
+    assert [v.name for v, _ in alone.missing()] == ["expansion-1.5"], "nothing else would have its numbers"
+
+
 def test_other_settings_are_refused_but_unknown_keys_are_not(done):
     with pytest.raises(SteppingError, match=r"retrain\.epochs: 1 then, 2 now"):
         compare(comparison(done, ["any-width"], overrides=[*TINY, "retrain.epochs=2"])[0])
@@ -313,8 +321,8 @@ def test_the_schema_forbids_what_it_does_not_know(done):
 
 def test_studies_name_each_variant_once_and_share_the_reference():
     names = [v.name for variants in STUDIES.values() for v in variants]
-    assert names.count("steppingnet") == 2 and len(set(names)) == len(names) - 1
-    assert study_variants("ablation")[0] is study_variants("methods")[0]
+    assert names.count("steppingnet") == len(STUDIES) and len(set(names)) == len(names) - (len(STUDIES) - 1)
+    assert all(study_variants(study)[0] is study_variants("methods")[0] for study in STUDIES)
     with pytest.raises(SteppingError, match="did you mean 'ablation'"):
         study_variants("ablations")
     with pytest.raises(SteppingError, match="did you mean 'tp-taylor'"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stepping_plugin.construction.config import ConstructionConfig
 from stepping_plugin.construction.flow import Construction
+from stepping_plugin.construction.importance import discount_copies
 from stepping_plugin.construction.landing import find_plugs
 from stepping_plugin.construction.start import endless, start_network
 from stepping_plugin.construction.unstructured import UnstructuredPruning
@@ -242,6 +243,17 @@ def test_importance_is_equation_3():
 # ------------------------------------------------------------------------------------ training and state
 
 TRAINED = {"importance": "per-sample", "batches": 3, "iterations": 4, "threshold": 3e-3, "expansion": 1.5}
+
+
+@pytest.mark.parametrize("flow", ["trajectory", "paper"])
+def test_copies_are_ranked_lower_but_not_in_the_papers_flow(flow):
+    run = construction(flow=flow, band=None, importance="random", expansion=1.7)
+    scores, copies = run.importance(1), run.net.lineage[0]
+    assert int(copies.max()) == 2
+    expected = scores if flow == "paper" else discount_copies(scores, copies)
+    assert torch.equal(run.ranking(1), expected)
+    plain = construction(flow=flow, band=None, importance="random")
+    assert torch.equal(plain.ranking(1), plain.importance(1))
 
 
 def test_a_resumed_construction_ends_with_the_same_bits(tmp_path):

@@ -12,10 +12,11 @@ from torch import nn
 
 from stepping_plugin import BudgetError, ConstructionConfig, SteppingError, apply_steppingnet
 from stepping_plugin.construction.counts import CountModel, UnitClasses
-from stepping_plugin.construction.importance import magnitude_scores
+from stepping_plugin.construction.importance import discount_copies, magnitude_scores
 from stepping_plugin.construction.landing import Planner, cut_off_groups, find_plugs, head_units, land
 from stepping_plugin.construction.policies import POLICIES, assign
 from stepping_plugin.construction.uniform import needed_widening, uniform_band
+from stepping_plugin.construction.widening import widen
 from stepping_plugin.levels import locked_units, parse_budgets
 from stepping_plugin.macs import MacModel
 from stepping_plugin.net import SteppingNet
@@ -191,6 +192,41 @@ def test_any_width_takes_every_unit_once_before_any_copy():
             continue
         smallest_copy = own[~first[group.units]].min()
         assert own[first[group.units]].max() <= smallest_copy, group.name
+
+
+def test_the_best_copy_counts_fully_and_others_a_tenth():
+    """Against a loop over the units."""
+    generator = torch.Generator().manual_seed(0)
+    copies = torch.randint(0, 4, (50,), generator=generator)
+    scores = torch.randn(int(copies.sum()), generator=generator, dtype=torch.float64)
+    scores[:6] = 1.0  # ties
+    counted, start = discount_copies(scores, copies), 0
+    for number in copies.tolist():
+        own, new = scores[start : start + number], counted[start : start + number]
+        start += number
+        if number == 0:
+            continue
+        assert new.max() == own.max() and int((new == own).sum()) == 1 + int((own == 0).sum())
+        lower = torch.where(own > 0, 0.1 * own, 1.9 * own)
+        assert int(torch.isclose(new, lower).sum()) == number - 1
+        assert torch.equal(new.argmax(), own.argmax())
+    assert torch.equal(discount_copies(scores, torch.ones(len(scores), dtype=torch.long)), scores)
+
+
+def test_a_small_subnet_takes_different_units_before_second_copies():
+    """With equal importance everywhere, so that nothing else decides."""
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    analysis = analyse(model, tuple(model.default_cfg["input_size"]), (False,))
+    wide = widen(model, analysis, 2.0)
+    macs = MacModel(wide.analysis)
+    budgets = parse_budgets([0.1, 0.3], macs.total)
+    scores = torch.ones(wide.analysis.num_units)
+    levels = assign(wide.analysis, macs, budgets, scores, lineage=[wide.copies]).levels
+    parent = torch.arange(len(wide.copies)).repeat_interleave(wide.copies)
+    for group in wide.analysis.groups:
+        inside = parent[group.units[levels[group.units] == 1]]
+        if bool((wide.copies[parent[group.units]] == 2).all()):
+            assert len(inside.unique()) == len(inside), group.name
 
 
 def test_random_has_the_counts_of_any_width_and_obeys_its_generator():

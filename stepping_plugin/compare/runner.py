@@ -22,7 +22,7 @@ from ..recipe_schema import Recipe
 from ..training.trainer import processes
 from .methods import RUNNERS, Job, Outcome, assert_comparable
 from .results import Machine, Reference, Result, differing, read, result_path, write
-from .studies import Variant
+from .studies import METHODS, REFERENCE, Variant
 
 __all__ = ["Comparison", "compare"]
 
@@ -58,13 +58,21 @@ class Comparison:
         return Path(self.recipe).stem
 
     def missing(self) -> list[tuple[Variant, int]]:
-        """Jobs without a result, seed after seed.
+        """Jobs without a result, seed after seed; a variant that is the reference by another name is not run twice.
 
         Raises:
             SteppingError: a result was made with other settings.
         """
-        jobs = [(variant, seed) for seed in self.seeds for variant in self.variants]
+        jobs = [(variant, seed) for seed in self.seeds for variant in self.variants if not self._repeats(variant)]
         return [(variant, seed) for variant, seed in jobs if self.again or not self._done(variant, seed)]
+
+    def _repeats(self, variant: Variant) -> bool:
+        """Whether the recipe makes a variant the same as the reference, which is run too."""
+        reference = METHODS[REFERENCE]
+        if variant is reference or variant.method != reference.method or reference not in self.variants:
+            return False
+        settings = (v.recipe(self.recipe, self.overrides) for v in (variant, reference))
+        return next(settings) == next(settings)
 
     def _done(self, variant: Variant, seed: int) -> bool:
         path = result_path(self.results, self.name, variant.name, seed)

@@ -134,15 +134,17 @@ _ABLATION = {
     "random-importance": ("units ranked at random", ["construction.importance=random"]),
     "uniform-widths": ("widths nearly uniform", ["construction.band=[0.97,1.03]"]),
     "free-widths": ("widths free", ["construction.band=null"]),
+    "long-construction": ("10 batches per iteration in construction, on top", ["construction.batches=10"]),
 }
 
 STUDIES: dict[str, list[Variant]] = {
     "methods": list(METHODS.values()),
     "expansion": [
-        Variant(
-            f"expansion-{factor:g}", "stepping", (*_OURS, f"construction.expansion={factor}"), f"expansion {factor:g}"
-        )
-        for factor in _EXPANSIONS
+        METHODS[REFERENCE],
+        *[
+            Variant(f"expansion-{f:g}", "stepping", (*_OURS, f"construction.expansion={f}"), f"expansion {f:g}")
+            for f in _EXPANSIONS
+        ],
     ],
     "ablation": [
         METHODS[REFERENCE],

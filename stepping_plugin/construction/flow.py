@@ -20,7 +20,8 @@ paper does not state: moving stops as soon as P_i is met, and of every tensor on
     target_i(t) = P_t * (P_i / P_t)^(t / N_t).
 
 Units of least value move: of least importance, as a share of what their layer has in subnet i, per MAC that
-the move saves. Every layer's width stays in a band around the regular pattern, which narrows with t.
+the move saves; second copies of a widened unit count for less than the first. Every layer's width stays in a
+band around the regular pattern, which narrows with t.
 
 MACs are exact after every move: a moved unit loses synapses from units of its old subnet *and* to them.
 """
@@ -45,7 +46,7 @@ from ..training.trainer import Batch, TrainConfig, Trainer, assert_same_levels
 from .config import ConstructionConfig
 from .counts import UnitClasses
 from .gradient_importance import GradientImportance
-from .importance import magnitude_scores
+from .importance import discount_copies, magnitude_scores
 from .landing import LandingResult, Planner, cut_off_groups, find_plugs, result_of, settle
 from .start import endless, start_network
 from .trajectory import narrow, narrowing_band
@@ -187,9 +188,16 @@ class Construction:
         alpha = self.config.alpha ** torch.arange(self.net.num_subnets, dtype=torch.float64)
         return (alpha[:, None] * self.gradients)[i - 1 :].sum(0)
 
+    def ranking(self, i: int) -> Tensor:
+        """`importance`, as moves between subnets go by: the paper has no copies, flow "paper" takes it as it is."""
+        scores = self.importance(i)
+        if self.config.flow == "paper" or not self.net.lineage:
+            return scores
+        return discount_copies(scores, self.net.lineage[-1])
+
     def _locked(self, levels: Tensor) -> Tensor:
         """The most important unit that each tensor has at level 1 stays there. BoolTensor (num_units,)."""
-        return locked_units(self.net.analysis, torch.where(levels == 1, self.importance(1), -1.0))
+        return locked_units(self.net.analysis, torch.where(levels == 1, self.ranking(1), -1.0))
 
     # --- The two flows: from subnet i to subnet i + 1
 
@@ -219,7 +227,7 @@ class Construction:
     def _by_trajectory(self, i: int, levels: Tensor) -> Tensor:
         """Levels after the moves out of subnet i that bring it to its target of this iteration."""
         net, progress = self.net, self.iteration / self.config.iterations
-        scores, locked, band = self.importance(i), self._locked(levels), None
+        scores, locked, band = self.ranking(i), self._locked(levels), None
         if self.band is not None:
             band = narrowing_band(self.band, self.classes, progress)
             levels = narrow(levels, i, band, self.classes, scores, locked)
@@ -237,7 +245,7 @@ class Construction:
             BudgetError: a budget cannot be met, or two subnets would give the same scores.
         """
         analysis, n, net = self.net.analysis, self.net.num_subnets, self.net
-        scores, locked = self.importance(1), self._locked(net.levels)
+        scores, locked = self.ranking(1), self._locked(net.levels)
         planner = Planner(analysis, net.macs_model, net.levels, n, scores, locked, self.band)
         notes: list[str] = []
         for i, budget in enumerate(net.budgets, start=1):

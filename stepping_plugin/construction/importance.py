@@ -1,4 +1,4 @@
-"""How much every unit matters, without data: the magnitude of its weights."""
+"""How much every unit matters: the magnitude of its weights, without data; and what copies of a unit add."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from ..graph.labels import Role
 from ..graph.program import is_static, named_tensors, op_name, static_value
 from ..units import Analysis, Layer
 
-__all__ = ["magnitude_scores"]
+__all__ = ["discount_copies", "magnitude_scores"]
+
+COPY = 0.1  # what a second copy of a unit adds, as a share of its own importance
 
 _SCALES = ("weight", "gamma", "scale")  # what norms and layer scales call their factor
 
@@ -72,3 +74,25 @@ def _weight(name: str, layer: Layer | None, tensors: dict[str, Tensor], analysis
 def _magnitude(rows: Tensor) -> Tensor:
     """L2 norm of every row, float64 on the CPU."""
     return torch.linalg.vector_norm(rows.float(), dim=1).double().cpu()
+
+
+def discount_copies(scores: Tensor, copies: Tensor) -> Tensor:
+    """Importance of the units of a widened network, all but the best copy of every unit ranked lower.
+
+    Copies compute nearly the same, so each has the importance of the unit (Eq. 2), but a subnet that has one of
+    them gains little by another.
+
+    Args:
+        scores: (num_units,) importance, higher is better.
+        copies: LongTensor, number of copies of every unit before widening; they lie side by side.
+
+    Returns:
+        float64 (num_units,).
+    """
+    scores = scores.double()
+    parent = torch.arange(len(copies)).repeat_interleave(copies)
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(parent[order], stable=True)]  # unit after unit, the best copy first
+    later = torch.zeros_like(scores, dtype=torch.bool)
+    later[order[1:]] = parent[order].diff() == 0
+    return torch.where(later, scores - (1 - COPY) * scores.abs(), scores)

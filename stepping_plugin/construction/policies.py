@@ -19,6 +19,7 @@ from ..levels import check_budgets, check_scores, locked_units
 from ..macs import MacModel
 from ..units import Analysis
 from .counts import UnitClasses
+from .importance import discount_copies
 from .landing import LandingResult, Planner, find_plugs, land, result_of, settle
 from .uniform import BAND, Band, needed_widening, positions, uniform_band, uniform_levels
 
@@ -60,7 +61,7 @@ def assign(
         generator: for "random"; seed 0 by default.
         relative_band: for "steppingnet": least and most units of a width, relative to the uniform pattern.
         reference_macs: M_t, for percentages in messages; the whole network's MACs by default.
-        lineage: `net.lineage`; tells "any-width" which units of a widened network are copies.
+        lineage: `net.lineage`; tells which units of a widened network are copies.
 
     Returns:
         Levels (units beyond the last budget are spare, N + 1), exact MACs, and a note for every subnet below
@@ -110,14 +111,15 @@ def steppingnet(problem: Problem) -> LandingResult:
     """One shot of the construction flow: everything starts at level 1, and the least valuable units move on.
 
     For every subnet in ascending order: units leave by value (share of their group's importance per MAC
-    saved) until the budget holds. Each width stays within 0.8 to 1.25 times the uniform one, and gets new
-    units in every subnet.
+    saved) until the budget holds; second copies of a widened unit count for less. Each width stays within 0.8 to
+    1.25 times the uniform one, and gets new units in every subnet.
     """
     analysis, macs_model, budgets = problem.analysis, problem.macs_model, problem.budgets
-    locked = locked_units(analysis, problem.scores)
+    scores = problem.scores if problem.copies is None else discount_copies(problem.scores, problem.copies)
+    locked = locked_units(analysis, scores)
     band = uniform_band(analysis, macs_model, budgets, problem.relative_band)
     start = torch.ones(analysis.num_units, dtype=torch.long)
-    planner = Planner(analysis, macs_model, start, len(budgets), problem.scores, locked, band)
+    planner = Planner(analysis, macs_model, start, len(budgets), scores, locked, band)
     notes: list[str] = []
     for subnet, budget in enumerate(budgets, start=1):
         if planner.macs(subnet) > budget:
