@@ -45,7 +45,7 @@ batches per iteration and the rank of second copies by the accuracy on the VGG a
 seeds 0 and 1 were looked at. Nothing was tuned for the other methods.
 
 The originals are trained for 40 epochs, so that there is something to keep; every net after that has the updates of 16
-epochs. `compare_vgg_long` gives every net those of more than 40; it has the paper's expansion and a longer construction.
+epochs. `compare_vgg_long` gives every net those of more than 40; its expansion is the paper's, its construction longer.
 
 Two views:
 
