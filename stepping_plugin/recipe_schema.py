@@ -190,6 +190,7 @@ class Construction(Optimisation):
     cooldown_iterations: int = key(3, "after the last moves, train m batches so many times at a falling lr", ge=0)
     expansion: float = key(1.0, "widen every layer by this factor before construction", ge=1)
     noise: float = key(1.0, "how unequally copies of a widened unit share its outgoing weights", ge=0, le=1)
+    copy_importance: float = key(0.1, "importance of second copies as a share of their own; 1: as any unit", ge=0, le=1)
     init: Literal["original", "random"] = key("original", "weights to start from; original: widened, same function")
     importance: Literal["per-sample", "per-batch", "magnitude", "random"] = key(
         "per-sample", "estimator of Eq. 2 and 3"

@@ -252,8 +252,9 @@ def test_copies_are_ranked_lower_but_not_in_the_papers_flow(flow):
     assert int(copies.max()) == 2
     expected = scores if flow == "paper" else discount_copies(scores, copies)
     assert torch.equal(run.ranking(1), expected)
-    plain = construction(flow=flow, band=None, importance="random")
-    assert torch.equal(plain.ranking(1), plain.importance(1))
+    for options in ({}, {"expansion": 1.7, "copy_importance": 1.0}, {"expansion": 1.7, "init": "random"}):
+        plain = construction(flow=flow, band=None, importance="random", **options)
+        assert torch.equal(plain.ranking(1), plain.importance(1))
 
 
 def test_a_resumed_construction_ends_with_the_same_bits(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SteppingError, nearest
+from .importance import COPY
 from .uniform import BAND
 
 __all__ = ["ConstructionConfig"]
@@ -35,6 +36,8 @@ class ConstructionConfig:
         expansion: widen every layer by this factor before construction.
         noise: how unequally the copies of a widened unit share its outgoing weights, see `widening.widen`; 0: equally,
             and copies at one level stay the same unit.
+        copy_importance: importance of a second copy as a share of its own, 1: as any unit; see
+            `importance.discount_copies`. The flow "paper" and random weights know no copies.
         init: weights of the start network: "original" (widened, same function) or "random".
         importance: estimator of Eq. 2: absolute value "per-sample" or "per-batch" (the paper); or
             "magnitude" of the weights; or "random" order.
@@ -57,6 +60,7 @@ class ConstructionConfig:
     cooldown_iterations: int = 3
     expansion: float = 1.0
     noise: float = 1.0
+    copy_importance: float = COPY
     init: str = "original"
     importance: str = "per-sample"
     importance_batches: int = 2
@@ -107,6 +111,7 @@ class ConstructionConfig:
         ranges = [
             ("expansion", lambda v: v >= 1, "a number from 1 up"),
             ("noise", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+            ("copy_importance", lambda v: 0 <= v <= 1, "a number from 0 to 1 (as any unit)"),
             ("alpha", lambda v: v > 0, "a number above 0"),
             ("beta", lambda v: 0 < v <= 1, "a number above 0, up to 1 (none)"),
             ("threshold", lambda v: v >= 0, "a number from 0 (none) up"),

@@ -189,11 +189,11 @@ class Construction:
         return (alpha[:, None] * self.gradients)[i - 1 :].sum(0)
 
     def ranking(self, i: int) -> Tensor:
-        """`importance`, as moves between subnets go by: the paper has no copies, flow "paper" takes it as it is."""
-        scores = self.importance(i)
-        if self.config.flow == "paper" or not self.net.lineage:
+        """`importance`, as moves between subnets go by; the paper's flow and random weights know no copies."""
+        scores, config = self.importance(i), self.config
+        if config.flow == "paper" or config.init == "random" or not self.net.lineage:
             return scores
-        return discount_copies(scores, self.net.lineage[-1])
+        return discount_copies(scores, self.net.lineage[-1], config.copy_importance)
 
     def _locked(self, levels: Tensor) -> Tensor:
         """The most important unit that each tensor has at level 1 stays there. BoolTensor (num_units,)."""

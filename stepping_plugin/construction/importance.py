@@ -13,7 +13,7 @@ from ..units import Analysis, Layer
 
 __all__ = ["discount_copies", "magnitude_scores"]
 
-COPY = 0.1  # what a second copy of a unit adds, as a share of its own importance
+COPY = 0.1
 
 _SCALES = ("weight", "gamma", "scale")  # what norms and layer scales call their factor
 
@@ -76,8 +76,8 @@ def _magnitude(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows.float(), dim=1).double().cpu()
 
 
-def discount_copies(scores: Tensor, copies: Tensor) -> Tensor:
-    """Importance of the units of a widened network, all but the best copy of every unit ranked lower.
+def discount_copies(scores: Tensor, copies: Tensor, share: float = COPY) -> Tensor:
+    """Importance of the units of a widened network, all but the best copy of every unit lowered.
 
     Copies compute nearly the same, so each has the importance of the unit (Eq. 2), but a subnet that has one of
     them gains little by another.
@@ -85,6 +85,7 @@ def discount_copies(scores: Tensor, copies: Tensor) -> Tensor:
     Args:
         scores: (num_units,) importance, higher is better.
         copies: LongTensor, number of copies of every unit before widening; they lie side by side.
+        share: what is left of the importance of all others, 0 to 1.
 
     Returns:
         float64 (num_units,).
@@ -95,4 +96,4 @@ def discount_copies(scores: Tensor, copies: Tensor) -> Tensor:
     order = order[torch.argsort(parent[order], stable=True)]  # unit after unit, the best copy first
     later = torch.zeros_like(scores, dtype=torch.bool)
     later[order[1:]] = parent[order].diff() == 0
-    return torch.where(later, scores - (1 - COPY) * scores.abs(), scores)
+    return torch.where(later, scores - (1 - share) * scores.abs(), scores)
