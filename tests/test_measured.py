@@ -55,8 +55,8 @@ def test_the_short_list_in_the_readme_says_what_the_data_say():
     assert "has the worse subnet 1 on every network" in readme and max(regular[0].values()) < 0
     assert "a mean more than half a point lower on LeNet-5 and the VGG" in readme
     assert beyond(regular[1], -0.5) == {"lenet5", "vgg"}
-    assert "on the residual net, the transformer and, with the long schedule, the VGG its large subnets are" in readme
-    assert beyond(regular[2], 0.1) == {"resnet", "vit", "vgg_long"} and not beyond(regular[2], 0.6)
+    assert "the transformer and, with the long schedule, the VGG its large subnets are a little better" in readme
+    assert beyond(regular[2], 0.1) == {"resnet", "vit", "vgg_long"} and not beyond(regular[2], 0.35)
     assert min(gains("steppingnet-long", "alone").values()) > 0.25
     assert (
         "above theirs on the residual net, level with it on LeNet-5 and the transformer, and below on the VGG" in readme
