@@ -17,7 +17,7 @@ from stepping_plugin.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
-SCRIPT = """
+TRAINING = """
 import json, os, sys
 import torch
 from torch import nn
@@ -89,10 +89,9 @@ def start(folder: Path, rank: int, port: int) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ddp")
-    (folder / "script.py").write_text(SCRIPT)
+def run_in_one_and_two(script: str, folder: Path) -> list[str]:
+    """Run a script by this process alone and by two of its own; returns the last line that each of the two printed."""
+    (folder / "script.py").write_text(script)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -107,7 +106,13 @@ def folder(tmp_path_factory) -> Path:
             process.kill()
     for process, (_, errors) in zip(running, ended):
         assert process.returncode == 0, errors[-3000:]
-    (folder / "refused.json").write_text(json.dumps([out.splitlines()[-1] for out, _ in ended]))
+    return [(out.splitlines() or [""])[-1] for out, _ in ended]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    (folder / "refused.json").write_text(json.dumps(run_in_one_and_two(TRAINING, folder)))
     return folder
 
 
@@ -147,3 +152,49 @@ def test_checkpoints_of_several_processes_are_found_again(folder):
     state = load_checkpoint(folder / "checkpoints" / "last.safetensors")
     assert len(state["random"]) == 2
     assert not torch.equal(state["random"][0]["torch"], state["random"][1]["torch"])
+
+
+# --- Construction
+
+CONSTRUCTION = """
+import os, sys
+import torch
+from torch import nn
+from stepping_plugin.construction.config import ConstructionConfig
+from stepping_plugin.construction.flow import Construction
+from stepping_plugin.construction.start import start_network
+from stepping_plugin.macs import MacModel
+from stepping_plugin.training.checkpoint import save_checkpoint
+from stepping_plugin.training.loader import EpochLoader, TensorSet
+from stepping_plugin.units import analyse
+
+folder, world, rank = sys.argv[1], int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+torch.set_num_threads(1)
+torch.manual_seed(0)
+data = TensorSet(torch.randint(0, 256, (48, 1, 6, 6), dtype=torch.uint8), torch.arange(48) % 4, (0.5,), (0.25,))
+layers = nn.Conv2d(1, 12, 3), nn.Tanh(), nn.Conv2d(12, 12, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4)
+model = nn.Sequential(*layers).double()
+analysis = analyse(model, (1, 6, 6))
+total = MacModel(analysis).total
+for estimator in ("per-sample", "per-batch"):
+    config = ConstructionConfig(importance=estimator, batches=3, iterations=3, expansion=1.5, noise=0.3)
+    net = start_network(model, analysis, [int(total * share) for share in (0.2, 0.5, 0.8)], config, total)
+    loader = EpochLoader(data, 16 // world, train=True, seed=3, rank=rank, world=world)
+    run = Construction(net, loader, config, device="cpu")
+    list(run)
+    run.finish()
+    save_checkpoint(f"{folder}/{estimator}-{world}-{rank}", {"gradients": run.gradients, "net": net.state_dict()})
+if world > 1:
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_construct_what_one_does(tmp_path):
+    run_in_one_and_two(CONSTRUCTION, tmp_path)
+    for estimator in ("per-sample", "per-batch"):
+        one, *two = (load_checkpoint(tmp_path / f"{estimator}-{name}") for name in ("1-0", "2-0", "2-1"))
+        assert len(torch.unique(one["net"]["unit_levels"])) == 4
+        for other in two:
+            for name, tensor in one["net"].items():
+                torch.testing.assert_close(other["net"][name], tensor, rtol=0, atol=1e-9)
+            torch.testing.assert_close(other["gradients"], one["gradients"], rtol=0, atol=1e-9)

@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import runpy
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import nets
@@ -436,69 +430,3 @@ def test_the_recipes_section_is_understood():
     assert (config.clip_grad, config.importance, config.lr) == (5.0, "per-batch", 0.3)
     assert ConstructionConfig.of(Section()) == ConstructionConfig()
     assert ConstructionConfig.of(SimpleNamespace()) == ConstructionConfig()
-
-
-# --------------------------------------------------------------------------------------- two processes
-
-SCRIPT = """
-import os, sys
-import torch
-from torch import nn
-from stepping_plugin.construction.config import ConstructionConfig
-from stepping_plugin.construction.flow import Construction
-from stepping_plugin.construction.start import start_network
-from stepping_plugin.macs import MacModel
-from stepping_plugin.training.checkpoint import save_checkpoint
-from stepping_plugin.training.loader import EpochLoader, TensorSet
-from stepping_plugin.units import analyse
-
-folder, world, rank = sys.argv[1], int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-torch.set_num_threads(1)
-torch.manual_seed(0)
-data = TensorSet(torch.randint(0, 256, (48, 1, 6, 6), dtype=torch.uint8), torch.arange(48) % 4, (0.5,), (0.25,))
-layers = nn.Conv2d(1, 12, 3), nn.Tanh(), nn.Conv2d(12, 12, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4)
-model = nn.Sequential(*layers).double()
-analysis = analyse(model, (1, 6, 6))
-total = MacModel(analysis).total
-for estimator in ("per-sample", "per-batch"):
-    config = ConstructionConfig(importance=estimator, batches=3, iterations=3, expansion=1.5, noise=0.3)
-    net = start_network(model, analysis, [int(total * share) for share in (0.2, 0.5, 0.8)], config, total)
-    loader = EpochLoader(data, 16 // world, train=True, seed=3, rank=rank, world=world)
-    run = Construction(net, loader, config, device="cpu")
-    list(run)
-    run.finish()
-    save_checkpoint(f"{folder}/{estimator}-{world}-{rank}", {"gradients": run.gradients, "net": net.state_dict()})
-if world > 1:
-    torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_construct_what_one_does(tmp_path, monkeypatch):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    running = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-        command = [sys.executable, str(script), str(tmp_path)]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
-        runpy.run_path(str(script))  # one process: this one
-        errors = [process.communicate(timeout=240)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, text in zip(running, errors):
-        assert process.returncode == 0, text[-3000:]
-    for estimator in ("per-sample", "per-batch"):
-        one, *two = (load_checkpoint(tmp_path / f"{estimator}-{name}") for name in ("1-0", "2-0", "2-1"))
-        assert len(torch.unique(one["net"]["unit_levels"])) == 4
-        for other in two:
-            for name, tensor in one["net"].items():
-                torch.testing.assert_close(other["net"][name], tensor, rtol=0, atol=1e-9)
-            torch.testing.assert_close(other["gradients"], one["gradients"], rtol=0, atol=1e-9)

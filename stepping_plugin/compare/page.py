@@ -40,9 +40,9 @@ original's training on top; rows that are marked so get 2.5 times the epochs, wh
 much as that of the separate nets of the first view (those of the second view cost less). SteppingNet and any-width are
 widened first (`construction.expansion`); slimmable and the pruned nets are not wider than the original.
 
-What was tuned, and on which data: the learning rate of the construction by the accuracy on LeNet-5; its expansion, its
-batches per iteration and the rank of second copies by the accuracy on the VGG and the residual net; test accuracies of
-seeds 0 and 1 were looked at. Nothing was tuned for the other methods.
+What was tuned, and on which data: the learning rate of the construction by the accuracy on LeNet-5; its expansion and
+its batches per iteration by that on the VGG and the residual net; the rank of second copies by that on all four
+networks. Test accuracies of seeds 0 and 1 were looked at. Nothing was tuned for the other methods.
 
 The originals are trained for 40 epochs, so that there is something to keep; every net after that has the updates of 16
 epochs. `compare_vgg_long` gives every net those of more than 40; its expansion is the paper's, its construction longer.
