@@ -19,6 +19,7 @@ SLOW = [
     "compare_resnet",
     "compare_vgg",
     "compare_vgg_long",
+    "compare_lenet5_full",
     "compare_vit",
     "compare_cifar10_resnet56",
     "compare_imagenet_resnet50",

@@ -43,28 +43,40 @@ def beyond(gained, points):
 
 def test_the_short_list_in_the_readme_says_what_the_data_say():
     readme = " ".join((measured.ROOT / "README.md").read_text(encoding="utf-8").split())
+    networks = {"lenet5", "lenet5_full", "resnet", "vgg", "vit"}
     slim, pruned = gains("slimmable", "executed"), gains("tp-magnitude", "executed")
-    assert "above that of slimmable networks on every network, by more than half a point on all but the VGG" in readme
-    assert max(slim.values()) < 0 and beyond(slim, -0.5) == {"lenet5", "resnet", "vit"}
-    assert "level with it on LeNet-5 and the residual net, and ahead on the VGG and the transformer" in readme
-    assert max(abs(pruned[f"compare_{name}"]) for name in ("lenet5", "resnet")) < 0.25
-    assert beyond(pruned, 0.25) >= {"vgg", "vit"}
+    assert "above that of slimmable networks on every network, by half a point or more on all but the VGG" in readme
+    assert max(slim.values()) < 0 and beyond(slim, -0.45) == networks - {"vgg"}
+    assert "level with it or a little behind on LeNet-5, and ahead by a third to two thirds of a point else" in readme
+    assert all(-0.4 < gain < 0 if "lenet5" in name else 0.33 < gain < 0.67 for name, gain in pruned.items()), pruned
     assert "separately pruned nets have the better mean on every network" in readme
     assert min(gains("tp-magnitude", "alone").values()) > 0
+    costly = [gains("tp-magnitude", view, reference="steppingnet-long") for view in ("alone", "executed")]
+    assert "level with theirs if a budget is chosen once, on the residual net above it" in readme
+    assert beyond(costly[0], -0.25) == {"resnet"} and not beyond(costly[0], 0.25)
+    assert "ahead by about half a point or more, except on the transformer, where it is level" in readme
+    assert beyond(costly[1], -0.45) == networks - {"vit"} and abs(costly[1]["compare_vit"]) < 0.25
+    assert "(from three quarters on LeNet-5 to five quarters elsewhere)" in readme
+    dearer = {r: training_cost(r, "steppingnet-long") / training_cost(r, "tp-magnitude") for r in costly[0]}
+    assert all(0.65 < q < 0.9 if "lenet5" in recipe else 1.05 < q < 1.3 for recipe, q in dearer.items()), dearer
     regular = [gains("any-width", "alone", chosen) for chosen in (slice(1), slice(None), slice(2, None))]
     assert "has the worse subnet 1 on every network" in readme and max(regular[0].values()) < 0
-    assert "a mean more than half a point lower on LeNet-5 and the VGG" in readme
-    assert beyond(regular[1], -0.5) == {"lenet5", "vgg"}
-    assert "the transformer and, with the long schedule, the VGG its large subnets are a little better" in readme
-    assert beyond(regular[2], 0.1) == {"resnet", "vit", "vgg_long"} and not beyond(regular[2], 0.35)
-    assert min(gains("steppingnet-long", "alone").values()) > 0.25
-    assert (
-        "above theirs on the residual net, level with it on LeNet-5 and the transformer, and below on the VGG" in readme
-    )
-    costly = gains("tp-magnitude", "alone", reference="steppingnet-long")
-    assert beyond(costly, -0.25) == {"resnet"} and beyond(costly, 0.25) == {"vgg"} and len(costly) == 4
-    assert "without it they lose about half a point or more" in readme
-    assert max(gains("no-distillation", "alone").values()) < -0.4
+    assert "a mean about half a point or more lower on LeNet-5 and the VGG" in readme
+    assert beyond(regular[1], -0.4) == {"lenet5", "lenet5_full", "vgg"}
+    assert "On the residual net and the transformer the means are level" in readme
+    assert max(abs(regular[1][f"compare_{name}"]) for name in ("resnet", "vit")) < 0.25
+    assert "its two largest subnets are the better ones" in readme
+    assert beyond(regular[2], 0.25) == {"resnet", "vit", "vgg_long"}
+    paper = gains("steppingnet-paper", "alone")
+    assert "does worse than this package's on all but the transformer" in readme
+    assert beyond(paper, -0.25) == {"lenet5", "resnet", "vgg"} and abs(paper["compare_vit"]) < 0.25
+    assert "they do worse without it" in readme and max(gains("no-distillation", "alone").values()) < -0.25
+
+
+def training_cost(recipe, variant):
+    """Plain updates that all nets of the first view take, mean over seeds."""
+    rows = [r for r in read_all(measured.RESULTS) if (r.recipe, r.variant, r.status) == (recipe, variant, "done")]
+    return sum(phase.cost for row in rows for phase in row.training["alone"]) / len(rows)
 
 
 @pytest.mark.parametrize("path", measured.TEXTS, ids=lambda path: path.name)
