@@ -67,6 +67,9 @@ def test_the_short_list_in_the_readme_says_what_the_data_say():
     assert max(abs(regular[1][f"compare_{name}"]) for name in ("resnet", "vit")) < 0.25
     assert "its two largest subnets are the better ones" in readme
     assert beyond(regular[2], 0.25) == {"resnet", "vit", "vgg_long"}
+    assert "its mean is level on all but LeNet-5" in readme
+    late = gains("any-width-long", "alone", reference="steppingnet-long")
+    assert beyond(late, -0.25) == {"lenet5"} and not beyond(late, 0.25) and len(late) == 4
     paper = gains("steppingnet-paper", "alone")
     assert "does worse than this package's on all but the transformer" in readme
     assert beyond(paper, -0.25) == {"lenet5", "resnet", "vgg"} and abs(paper["compare_vit"]) < 0.25
