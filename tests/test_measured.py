@@ -45,8 +45,8 @@ def test_the_short_list_in_the_readme_says_what_the_data_say():
     readme = " ".join((measured.ROOT / "README.md").read_text(encoding="utf-8").split())
     networks = {"lenet5", "lenet5_full", "resnet", "vgg", "vit"}
     slim, pruned = gains("slimmable", "executed"), gains("tp-magnitude", "executed")
-    assert "above that of slimmable networks on every network, by half a point or more on all but the VGG" in readme
-    assert max(slim.values()) < 0 and beyond(slim, -0.45) == networks - {"vgg"}
+    assert "above that of slimmable networks on every network, by more than half a point on LeNet-5" in readme
+    assert max(slim.values()) < 0 and beyond(slim, -0.5) == networks - {"vgg", "vit"}
     assert "level with it or a little behind on LeNet-5, and ahead by a third to two thirds of a point else" in readme
     assert all(-0.4 < gain < 0 if "lenet5" in name else 0.33 < gain < 0.67 for name, gain in pruned.items()), pruned
     assert "separately pruned nets have the better mean on every network" in readme
@@ -61,19 +61,22 @@ def test_the_short_list_in_the_readme_says_what_the_data_say():
     assert all(0.65 < q < 0.9 if "lenet5" in recipe else 1.05 < q < 1.3 for recipe, q in dearer.items()), dearer
     regular = [gains("any-width", "alone", chosen) for chosen in (slice(1), slice(None), slice(2, None))]
     assert "has the worse subnet 1 on every network" in readme and max(regular[0].values()) < 0
-    assert "a mean about half a point or more lower on LeNet-5 and the VGG" in readme
-    assert beyond(regular[1], -0.4) == {"lenet5", "lenet5_full", "vgg"}
+    assert "a mean more than half a point lower on LeNet-5 and the VGG" in readme
+    assert beyond(regular[1], -0.5) == {"lenet5", "lenet5_full", "vgg"}
     assert "On the residual net and the transformer the means are level" in readme
     assert max(abs(regular[1][f"compare_{name}"]) for name in ("resnet", "vit")) < 0.25
     assert "its two largest subnets are the better ones" in readme
-    assert beyond(regular[2], 0.25) == {"resnet", "vit", "vgg_long"}
+    assert beyond(regular[2], 0.1) == {"resnet", "vit", "vgg_long"}
     assert "its mean is level on all but LeNet-5" in readme
     late = gains("any-width-long", "alone", reference="steppingnet-long")
     assert beyond(late, -0.25) == {"lenet5"} and not beyond(late, 0.25) and len(late) == 4
     paper = gains("steppingnet-paper", "alone")
     assert "does worse than this package's on all but the transformer" in readme
     assert beyond(paper, -0.25) == {"lenet5", "resnet", "vgg"} and abs(paper["compare_vit"]) < 0.25
-    assert "they do worse without it" in readme and max(gains("no-distillation", "alone").values()) < -0.25
+    assert "they lose a third of a point on LeNet-5 and three quarters on the VGG" in readme
+    untaught = gains("no-distillation", "alone")
+    assert abs(untaught["compare_lenet5"] + 1 / 3) < 0.05 and abs(untaught["compare_vgg"] + 3 / 4) < 0.05
+    assert "More epochs pay" in readme and min(gains("steppingnet-long", "alone").values()) > 0.5
 
 
 def training_cost(recipe, variant):
