@@ -66,3 +66,13 @@ def test_variants_say_what_they_are_whatever_the_recipe_says():
         assert (construction.flow, construction.importance, construction.band) == ("paper", "per-batch", None)
         long = METHODS["steppingnet-long"].recipe(name).retrain
         assert long.epochs == round(2.5 * load_recipe(name).retrain.epochs)
+
+
+def test_what_the_caller_overrides_holds_unless_a_variant_is_made_of_it():
+    def construction(variant, *overrides):
+        return METHODS[variant].recipe("compare_lenet5", overrides).construction
+
+    ours = construction(REFERENCE, "construction.band=[0.5,1.5]", "construction.importance=random")
+    assert (ours.band, ours.importance) == ((0.5, 1.5), "random")
+    assert construction(REFERENCE, "construction.flow=paper").flow == "trajectory"
+    assert construction("steppingnet-paper", "construction.band=[0.5,1.5]").band is None

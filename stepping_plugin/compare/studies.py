@@ -25,9 +25,10 @@ class Variant:
     Attributes:
         name: folder of its results.
         method: a name in `methods.METHODS`.
-        overrides: "key.sub=value" pairs on top of the recipe.
+        overrides: "key.sub=value" pairs on top of the recipe and of what the caller overrides.
         label: for tables and pictures.
         stretch: factor on the epochs of the retraining.
+        defaults: pairs on top of the recipe; what the caller overrides comes first.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Variant:
     overrides: tuple[str, ...] = ()
     label: str = ""
     stretch: float = 1.0
+    defaults: tuple[str, ...] = ()
 
     def ignores(self, key: str) -> bool:
         """Whether a recipe key has no influence on this variant's numbers."""
@@ -59,7 +61,7 @@ class Variant:
         Raises:
             RecipeError: mistakes in the recipe or the overrides.
         """
-        given = [*overrides, *self.overrides, f"seed={seed}"]
+        given = [*self.defaults, *overrides, *self.overrides, f"seed={seed}"]
         recipe = load_recipe(name, given)
         if self.stretch == 1:
             return recipe
@@ -87,13 +89,10 @@ _STRUCTURE = frozenset(  # of nested nets; other methods take the number of upda
     ]
 )
 _OPTIMISER = frozenset(["opt", "lr", "momentum", "weight_decay", "clip_grad", "amp", "amp_dtype"])
-# Spelled out, because a recipe may ask for the paper's construction.
-_OURS = (
-    "construction.flow=trajectory",
-    "construction.importance=per-sample",
-    "construction.band=[0.8,1.25]",
-    "construction.init=original",
-)
+# Spelled out, because a recipe may ask for the paper's construction. The flow is what the variant is; the rest may be
+# overridden.
+_FLOW = "construction.flow=trajectory"
+_OURS = ("construction.importance=per-sample", "construction.band=[0.8,1.25]", "construction.init=original")
 # One step of all subnets costs about half as much again as a plain one, those of four separate nets cost four: with so
 # many more epochs SteppingNet's training costs as much as theirs.
 _LONG = 2.5
@@ -108,13 +107,18 @@ _TOOLKIT = {
     "random": "random",
 }
 
+
+def _ours(name: str, label: str, *keys: str, stretch: float = 1.0) -> Variant:
+    return Variant(name, "stepping", (_FLOW, *keys), label, stretch, _OURS)
+
+
 METHODS: dict[str, Variant] = {
     variant.name: variant
     for variant in [
-        Variant(REFERENCE, "stepping", _OURS, "SteppingNet (trajectory flow)"),
-        Variant("any-width", "stepping", (*_OURS, _REGULAR), "any-width"),
-        Variant(f"{REFERENCE}-long", "stepping", _OURS, "SteppingNet, training cost of separate nets", _LONG),
-        Variant("any-width-long", "stepping", (*_OURS, _REGULAR), "any-width, training cost of separate nets", _LONG),
+        _ours(REFERENCE, "SteppingNet (trajectory flow)"),
+        _ours("any-width", "any-width", _REGULAR),
+        _ours(f"{REFERENCE}-long", "SteppingNet, training cost of separate nets", stretch=_LONG),
+        _ours("any-width-long", "any-width, training cost of separate nets", _REGULAR, stretch=_LONG),
         Variant("slimmable", "slimmable", label="slimmable"),
         Variant("tp-magnitude", "toolkit", label="torch-pruning, group magnitude"),
         Variant("steppingnet-paper", "stepping", _PAPER, "SteppingNet (paper flow)"),
@@ -143,14 +147,11 @@ STUDIES: dict[str, list[Variant]] = {
     "methods": list(METHODS.values()),
     "expansion": [
         METHODS[REFERENCE],
-        *[
-            Variant(f"expansion-{f:g}", "stepping", (*_OURS, f"construction.expansion={f}"), f"expansion {f:g}")
-            for f in _EXPANSIONS
-        ],
+        *[_ours(f"expansion-{f:g}", f"expansion {f:g}", f"construction.expansion={f}") for f in _EXPANSIONS],
     ],
     "ablation": [
         METHODS[REFERENCE],
-        *[Variant(name, "stepping", (*_OURS, *keys), label) for name, (label, keys) in _ABLATION.items()],
+        *[_ours(name, label, *keys) for name, (label, keys) in _ABLATION.items()],
     ],
 }
 
