@@ -340,6 +340,9 @@ def test_the_page_shows_the_data(done, tmp_path, capsys):
     for result in read_all(done / "results"):
         for answer in result.alone:
             assert f" {100 * answer.accuracy:.2f} " in text
+    assert "was tuned" not in text, "what the notes of other results say"
+    place = re.search(r"JSON files under \[[^]]*\]\(([^)]*)\)", text).group(1)
+    assert (tmp_path / place).resolve() == (done / "results").resolve()
     assert main(["compare"]) == 1 and "give a recipe" in capsys.readouterr().err
     assert main(["compare", "--results", str(tmp_path / "none"), "--page", str(page)]) == 1
 
@@ -375,12 +378,15 @@ def committed():
     return read_all(ROOT / "recipes" / "results")
 
 
-def test_the_committed_page_comes_from_the_committed_results():
+def test_the_committed_page_comes_from_the_committed_results(monkeypatch):
     """Every number on it: the whole text is made anew and compared."""
-    page = ROOT / "docs" / "comparison.md"
-    assert page_text(committed()) == page.read_text(encoding="utf-8"), "run stepping compare --page docs/comparison.md"
+    monkeypatch.chdir(ROOT)
+    page = Path("docs/comparison.md")
+    text = page_text(Path("recipes/results"), page)
+    assert text == page.read_text(encoding="utf-8"), "run stepping compare --page docs/comparison.md"
     shown = re.findall(r"\]\((comparison/[^)]*\.png)\)", page.read_text(encoding="utf-8"))
     assert shown and all((ROOT / "docs" / name).is_file() for name in shown)
+    assert Path("recipes/results/NOTES.md").read_text(encoding="utf-8") in text
 
 
 def test_committed_results_were_made_by_shipped_recipes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -28,11 +29,11 @@ __all__ = ["page_text", "summary_table", "write_page"]
 
 _HEAD = """# Comparison
 
-Every number and picture on this page is generated from the JSON files under [recipes/results](../recipes/results), one
+Every number and picture on this page is generated from the JSON files under [{results}]({link}), one
 per recipe, variant and seed:
 
-    stepping compare RECIPE --results recipes/results                         # runs what is missing
-    stepping compare --results recipes/results --page docs/comparison.md      # writes this page
+    stepping compare RECIPE --results {results}    # runs what is missing
+    stepping compare --results {results} --page {page}    # writes this page
 
 All methods share the trained original that they start from and learn from, the order and augmentation of the data, the
 optimizer, the number of updates per network, and the counting of MACs. Nets from scratch get the updates of the
@@ -40,26 +41,18 @@ original's training on top; rows that are marked so get 2.5 times the epochs, wh
 much as that of the separate nets of the first view (those of the second view cost less). SteppingNet and any-width are
 widened first (`construction.expansion`); slimmable and the pruned nets are not wider than the original.
 
-What was tuned, and on which data: the learning rate of the construction by the accuracy on LeNet-5; its expansion and
-its batches per iteration by that on the VGG and the residual net; the rank of second copies by that on all four
-networks. Test accuracies of seeds 0 and 1 were looked at; seed 2 and `compare_lenet5_full` were run afterwards. Nothing
-was tuned for the other methods.
-
-The originals are trained for 40 epochs, so that there is something to keep; every net after that has the updates of 16
-epochs. `compare_vgg_long` gives every net those of more than 40; its expansion is the paper's, its construction longer.
-`compare_lenet5_full` has all 60,000 training pictures, 15 epochs of them for the original and 8 for every other net.
-
 Two views:
 
 - **Each subnet alone**: a budget is chosen once, and its net runs from scratch.
 - **At equal executed MACs**: budgets arrive one after the other, and the MACs executed by then never exceed them. A
   net that reuses results steps up. Without reuse every budget starts a net anew, which is sized to the increment
-  P_i - P_{i-1}; the answer at hand is that of the largest net so far. (Whoever knows the later budgets may wait instead
-  and run one net of P_i - P_{i-2}, without a new answer in between.)
+  P_i - P_(i-1); the answer at hand is that of the largest net so far. (Whoever knows the later budgets may wait instead
+  and run one net of P_i - P_(i-2), without a new answer in between.)
 
 Accuracies are in percent on the test set, mean ± standard deviation over seeds; differences are paired by seed. With
 few seeds, differences under about half a point are noise.
 """
+NOTES = "NOTES.md"  # beside the results: what whoever made them has to say about them, copied to the page
 
 
 def write_page(results: Path, page: Path) -> list[Path]:
@@ -68,22 +61,35 @@ def write_page(results: Path, page: Path) -> list[Path]:
     Raises:
         SteppingError: there are no results.
     """
-    found = read_all(results)
-    if not found:
-        raise SteppingError(f"{results} holds no results. Run `stepping compare RECIPE --results {results}` first.")
+    text = page_text(results, page)
     folder = page.with_suffix("")
-    pictures = {folder / name: content for name, content in _pictures(found).items()}
+    pictures = {folder / name: content for name, content in _pictures(read_all(results)).items()}
     folder.mkdir(parents=True, exist_ok=True)
     for path, content in pictures.items():
         path.write_bytes(content)
-    page.write_text(page_text(found, folder.name), encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     return [page, *pictures]
 
 
-def page_text(results: Sequence[Result], folder: str = "comparison") -> str:
-    """The page as Markdown; pictures are expected in `folder`."""
-    sections = [_recipe_section(name, list(own), folder) for name, own in groupby(results, lambda r: r.recipe)]
-    return "\n".join([_HEAD, *sections])
+def page_text(results: Path, page: Path) -> str:
+    """The page as Markdown.
+
+    Args:
+        results: folder of the JSON files; what a `NOTES.md` in it says comes before the tables.
+        page: where the page will lie.
+
+    Raises:
+        SteppingError: there are no results.
+    """
+    found = read_all(results)
+    if not found:
+        raise SteppingError(f"{results} holds no results. Run `stepping compare RECIPE --results {results}` first.")
+    link = Path(os.path.relpath(results, page.parent)).as_posix()
+    head = _HEAD.format(results=results.as_posix(), link=link, page=page.as_posix())
+    notes = [(results / NOTES).read_text(encoding="utf-8")] if (results / NOTES).is_file() else []
+    folder = page.with_suffix("").name
+    sections = [_recipe_section(name, list(own), folder) for name, own in groupby(found, lambda r: r.recipe)]
+    return "\n".join([head, *notes, *sections])
 
 
 def summary_table(results: Sequence[Result]) -> str:
