@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ from .errors import SteppingError
 
 __all__ = ["main"]
 
+_OVERRIDE = re.compile(r"[A-Za-z][\w.]*=.*", re.DOTALL)  # key.sub=value
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a mistake of the user, 130 after Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parsed(sys.argv[1:] if argv is None else argv)
     try:
         return arguments.command(arguments)
     except SteppingError as error:
@@ -24,6 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """Arguments, with the overrides of a recipe wherever they stand: argparse takes them only before any option."""
+    takes = bool(words) and words[0] in ("run", "validate", "compare")
+    overrides = [word for word in words if takes and _OVERRIDE.fullmatch(word)]
+    arguments = _parser().parse_args([word for word in words if word not in overrides])
+    if overrides:
+        arguments.overrides = [*arguments.overrides, *overrides]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

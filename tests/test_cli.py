@@ -2,7 +2,9 @@
 
 import json
 
-from stepping_plugin.cli import main
+import pytest
+
+from stepping_plugin.cli import _parsed, main
 
 
 def test_inspect_prints_units_and_floor(capsys):
@@ -25,3 +27,25 @@ def test_unknown_model_names_the_nearest(capsys):
     assert main(["inspect", "resnett18"]) == 1
     error = capsys.readouterr().err
     assert "resnet18" in error and error.count("\n") == 1
+
+
+def test_overrides_may_stand_anywhere(capsys):
+    words = [
+        "compare",
+        "train.epochs=3",
+        "digits",
+        "--methods",
+        "scratch",
+        "budgets=0.2,0.5",
+        "--seeds",
+        "4",
+        "device=cpu",
+    ]
+    arguments = _parsed(words)
+    assert (arguments.recipe, arguments.methods, arguments.seeds) == ("digits", ["scratch"], [4])
+    assert arguments.overrides == ["train.epochs=3", "budgets=0.2,0.5", "device=cpu"]
+    assert main(["run", "digits", "--fresh", "retrain.epoch=2"]) == 1
+    assert "retrain.epoch" in (error := capsys.readouterr().err) and "did you mean" in error
+    with pytest.raises(SystemExit):
+        main(["run", "digits", "--fresh", "nonsense", "more"])
+    assert main(["inspect", "a=b"]) == 1, "a model's name, whatever it looks like"

@@ -295,6 +295,11 @@ def test_other_settings_are_refused_but_unknown_keys_are_not(done):
     assert differing(result.model_copy(update={"settings": older}), result.settings, lambda key: False) == []
 
 
+def test_seeds_are_not_overridden(tmp_path):
+    with pytest.raises(SteppingError, match="give --seeds"):
+        comparison(tmp_path, ["scratch"], overrides=[*TINY, "seed=5"])
+
+
 def test_a_method_that_cannot_is_a_result(tmp_path):
     made, _ = comparison(tmp_path, ["scratch"], overrides=[*TINY, "budgets=0.001,0.5"])
     (path,) = compare(made)

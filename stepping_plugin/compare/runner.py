@@ -40,6 +40,9 @@ class Comparison:
         work: folder of originals and of checkpoints of jobs that are not done.
         again: run also what is there already.
         say: told what is going on.
+
+    Raises:
+        SteppingError: the overrides set the seed.
     """
 
     recipe: str
@@ -51,6 +54,10 @@ class Comparison:
     again: bool = False
     say: Callable[[str], None] = print
     _originals: dict[int, tuple[nn.Module, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(override.partition("=")[0].strip() == "seed" for override in self.overrides):
+            raise SteppingError("seed: a comparison sets it for every run. Leave it out and give --seeds.")
 
     @property
     def name(self) -> str:
