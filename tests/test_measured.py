@@ -80,6 +80,28 @@ def test_the_short_list_in_the_readme_says_what_the_data_say():
     assert "More epochs pay" in readme and min(gains("steppingnet-long", "alone").values()) > 0.5
 
 
+def test_the_short_list_ranks_the_rivals_as_the_data_do():
+    readme = " ".join((measured.ROOT / "README.md").read_text(encoding="utf-8").split())
+    others = ("taylor", "bn-scale", "group-norm", "growing-reg", "random")
+    rival = {
+        view: {name: gains(f"tp-{name}", view, reference="tp-magnitude") for name in others}
+        for view in ("alone", "executed")
+    }
+    assert "none is above group magnitude by more than a sixth of a point" in readme
+    assert all(gain < 1 / 6 for view in rival.values() for found in view.values() for gain in found.values())
+    assert "Taylor, BN scale and random are behind it by two fifths of a point or more, except on the trans" in readme
+    assert all(beyond(rival["executed"][n], -0.4) == {"lenet5", "resnet", "vgg"} for n in ("taylor", "random"))
+    assert beyond(rival["executed"]["bn-scale"], -0.4) == {"resnet", "vgg"}, "it cannot do the others"
+    ab_initio = {view: gains("scratch", view, reference="tp-magnitude") for view in ("alone", "executed")}
+    assert "have a better mean than the pruned nets on every network, by up to nine tenths of a point" in readme
+    assert all(0 < gain < 0.9 for found in ab_initio.values() for gain in found.values())
+    assert "for more than three times their training" in readme
+    assert all(training_cost(r, "scratch") > 3 * training_cost(r, "tp-magnitude") for r in ab_initio["alone"])
+    assert "ahead of them on LeNet-5 and the residual net by more than half a point, level on the VGG" in readme
+    new = gains("scratch", "executed", reference="steppingnet-long")
+    assert beyond(new, -0.5) == {"lenet5", "resnet"} and abs(new["compare_vgg"]) < 0.25 < new["compare_vit"] < 0.5
+
+
 def training_cost(recipe, variant):
     """Plain updates that all nets of the first view take, mean over seeds."""
     rows = [r for r in read_all(measured.RESULTS) if (r.recipe, r.variant, r.status) == (recipe, variant, "done")]
