@@ -97,12 +97,10 @@ def test_the_short_list_ranks_the_rivals_as_the_data_do():
     assert all(0 < gain < 0.9 for found in ab_initio.values() for gain in found.values())
     assert "for more than three times their training" in readme
     assert all(training_cost(r, "scratch") > 3 * training_cost(r, "tp-magnitude") for r in ab_initio["alone"])
-    assert (
-        "by more than half a point on LeNet-5 and by a third on the residual net, level on the VGG and half" in readme
-    )
+    assert "more than half a point ahead of them on LeNet-5, level on the residual net and the VGG, and half" in readme
     new = gains("scratch", "executed", reference="steppingnet-long")
-    assert beyond(new, -0.5) == {"lenet5"} and abs(new["compare_vgg"]) < 0.1
-    assert abs(new["compare_resnet"] + 1 / 3) < 0.08 and abs(new["compare_vit"] - 1 / 2) < 0.1
+    assert beyond(new, -0.5) == {"lenet5"} and abs(new["compare_vit"] - 1 / 2) < 0.1
+    assert max(abs(new[f"compare_{name}"]) for name in ("resnet", "vgg")) < 0.25
 
 
 def training_cost(recipe, variant):
