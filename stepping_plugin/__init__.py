@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stepping_plugin.errors import RecipeError as RecipeError
     from stepping_plugin.errors import SteppingError as SteppingError
     from stepping_plugin.net import SteppingNet as SteppingNet
-    from stepping_plugin.serialization import load as load
+    from stepping_plugin.net import load as load
     from stepping_plugin.training.trainer import TrainConfig as TrainConfig
     from stepping_plugin.verify import verify as verify
 
@@ -36,7 +36,7 @@ _HOME = {  # public name -> the module that defines it
     "SteppingNet": "net",
     "TrainConfig": "training.trainer",
     "apply_steppingnet": "api",
-    "load": "serialization",
+    "load": "net",
     "verify": "verify",
 }
 

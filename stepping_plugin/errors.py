@@ -6,7 +6,7 @@ A message says what went wrong, where, what was given, what was expected and wha
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "BudgetError",
@@ -16,6 +16,7 @@ __all__ = [
     "RecipeError",
     "SteppingError",
     "explain",
+    "image_shape_error",
     "nearest",
 ]
 
@@ -115,3 +116,15 @@ def explain(
     if action:
         text = f"{text.rstrip('.')}. {action}"
     return text
+
+
+def image_shape_error(got: Sequence[int], image_size: Sequence[int]) -> SteppingError:
+    """Images (B, C, H, W) that are not of the size (C, H, W) that a net or an engine was made for."""
+    return SteppingError(
+        explain(
+            "wrong image shape",
+            got=str(tuple(got)),
+            expected=f"(B, {', '.join(map(str, image_size))})",
+            action="Resize the images, or convert the model again with example_inputs of that size.",
+        )
+    )

@@ -1,206 +1,67 @@
-"""`SteppingNet`: a model whose subnets 1..N are nested, trained and run as one module."""
+"""`SteppingNet`: nested subnets of one model with all that is done with them, and `load`, which brings one back."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .errors import SteppingError, explain
-from .macs import MacModel
-from .nested.module import NestedModule, sliced_copy
-from .nested.subnet import Subnet, extract_subnet
-from .units import Analysis, restrict
+from .engine import Engine, compile_engine
+from .nested.net import NestedNet
+from .serialization import read_net, write_net
+from .training.loop import History, fit
+from .training.trainer import TrainConfig
+from .views.summary import summary
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["SteppingNet"]
+__all__ = ["SteppingNet", "load"]
 
 
-class SteppingNet(NestedModule):
-    """N nested subnets of one model.
+class SteppingNet(NestedNet):
+    """N nested subnets of one model: train them, step through them, save them.
 
-    Calling the net gives the class scores of `active_subnet`; `forward_all` gives those of all subnets in one pass.
-    `model` holds the parameters under their original names.
-
-    Args:
-        model: owner of the parameters (a private copy).
-        analysis: its units.
-        levels: LongTensor (num_units,), 1..N, N + 1 = spare.
-        budgets: MACs allowed in subnets 1..N.
-        reference_macs: M_t, MACs of the original network.
-        origin: how the model can be made again, see `serialization`.
-        lineage: copies of every unit, one LongTensor per widening or compaction since the original model.
+    Structure and running (`levels`, `macs`, `forward_all`, `active_subnet`, `extract`, ...) and the arguments are those
+    of `nested.net.NestedNet`.
     """
 
-    unit_levels: Tensor
-
-    def __init__(
-        self,
-        model: nn.Module,
-        analysis: Analysis,
-        levels: Tensor,
-        budgets: Sequence[int],
-        reference_macs: int,
-        origin: dict[str, Any] | None = None,
-        lineage: Sequence[Tensor] = (),
-    ) -> None:
-        super().__init__(model, analysis, len(budgets))
-        self.macs_model = MacModel(analysis)
-        self.budgets = [int(b) for b in budgets]
-        self.reference_macs = int(reference_macs)
-        self.origin = dict(origin or {})
-        self.lineage = [c.clone() for c in lineage]
-        self.notes: list[str] = []
-        self._active = len(self.budgets)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.register_buffer("unit_levels", torch.ones(analysis.num_units, dtype=torch.long, device=device))
-        self.set_levels(levels)
-        self.register_load_state_dict_post_hook(_refresh_after_loading)
-
-    # ------------------------------------------------------------------------------------------ structure
-
-    @property
-    def num_subnets(self) -> int:
-        """N."""
-        return len(self.budgets)
-
-    @property
-    def levels(self) -> Tensor:
-        """Level of every unit, LongTensor (num_units,) on the CPU: 1..N, N + 1 = spare."""
-        return self.unit_levels.detach().cpu().clone()
-
-    @property
-    def macs(self) -> list[int]:
-        """MACs of subnets 1..N, each including the smaller ones."""
-        return self.macs_model.subnet_macs(self.levels, self.num_subnets).tolist()
-
-    def set_levels(self, levels: Tensor) -> None:
-        """Assign units to subnets and refresh the masks.
-
-        Args:
-            levels: LongTensor (num_units,) with values 1..N + 1.
-
-        Raises:
-            SteppingError: wrong shape or values, or a layer would have no unit left in subnet 1.
-        """
-        levels = check_levels(levels, self.analysis, self.num_subnets)
-        self.unit_levels.copy_(levels)
-        self.refresh(levels)
-
-    def compact(self) -> SteppingNet:
-        """A net without the spare units: same subnets, smaller tensors, faster training.
-
-        Parameters are new objects; make the optimizer afterwards.
-        """
-        kept = self.levels <= self.num_subnets
-        analysis, slices = restrict(self.analysis, kept.long())
-        model = sliced_copy(self.model, slices)
-        lineage = [*self.lineage, kept.long()]
-        levels = self.levels[kept]
-        net = SteppingNet(model, analysis, levels, self.budgets, self.reference_macs, self.origin, lineage)
-        net.notes = list(self.notes)
-        return net.train(self.training)
-
-    def extract(self, subnet: int) -> Subnet:
-        """Subnet `subnet` (1..N) as a standalone module, physically without the other units."""
-        return extract_subnet(self.model, self.analysis, self.levels, self._subnet(subnet)).train(self.training)
-
-    # ------------------------------------------------------------------------------------------ running
-
-    @property
-    def active_subnet(self) -> int:
-        """The subnet that calling the net evaluates, 1..N."""
-        return self._active
-
-    @active_subnet.setter
-    def active_subnet(self, subnet: int) -> None:
-        self._active = self._subnet(subnet)
-
-    def _subnet(self, subnet: int) -> int:
-        if isinstance(subnet, bool) or not isinstance(subnet, int) or not 1 <= subnet <= self.num_subnets:
-            raise SteppingError(
-                explain("no such subnet", got=subnet, expected=f"an integer from 1 to {self.num_subnets}")
-            )
-        return subnet
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores (B, classes) of the active subnet for images (B, C, H, W)."""
-        return self.forward_all(x)[self._active - 1]
-
-    def forward_all(self, x: Tensor) -> Tensor:
-        """Class scores (N, B, classes) of all subnets in one pass, in train and in eval mode.
-
-        Args:
-            x: images (B, C, H, W) of the size that the net was made for.
-
-        Raises:
-            SteppingError: another image size, or train mode of a net that was made for inference only.
-        """
-        return self.run(x)
-
-    def fit(self, train_loader: Any, val_loader: Any = None, config: Any = None, **options: Any) -> Any:
+    def fit(
+        self, train_loader: Any, val_loader: Any = None, config: TrainConfig | None = None, **options: Any
+    ) -> History:
         """Train all subnets in one pass per batch, with suppression and optional distillation (Eq. 4).
 
         Arguments and result: `training.loop.fit`. For a loop of your own, use `forward_all`.
         """
-        from .training.loop import fit
-
         return fit(self, train_loader, val_loader, config, **options)
 
-    def deploy(self, **options: Any) -> Any:
+    def deploy(self, *, compile: bool | Mapping[str, Any] = False) -> Engine:
         """Compile the incremental engine, see `engine.compile_engine`."""
-        from .engine import compile_engine
-
-        return compile_engine(self, **options)
-
-    # ------------------------------------------------------------------------------------------ reporting, files
+        return compile_engine(self, compile=compile)
 
     def summary(self) -> Group:
         """Printable tables: MACs, budget and gap per subnet; units by level per group of layers."""
-        from .summary import summary
-
         return summary(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the net to one file (tensors and JSON, no pickle); read it with `stepping_plugin.load`."""
-        from .serialization import save
-
-        save(self, path)
+        write_net(self, path)
 
 
-def check_levels(levels: Tensor, analysis: Analysis, n: int) -> Tensor:
-    """Levels as LongTensor (num_units,) on the CPU.
+def load(
+    path: str | os.PathLike[str], model: nn.Module | None = None, *, device: str | torch.device | None = None
+) -> SteppingNet:
+    """Read a net that `SteppingNet.save` wrote, in eval mode.
+
+    Args:
+        path: the file.
+        model: an instance of the original model, needed unless it is a registered timm model; not modified.
+        device: where to put the net; the CPU if left out.
 
     Raises:
-        SteppingError: wrong shape or values, or a layer would have no unit left in subnet 1.
+        CheckpointError: the file is missing, damaged, foreign, of another version, or of another model.
     """
-    levels = torch.as_tensor(levels).detach().cpu().long()
-    if levels.shape != (analysis.num_units,):
-        expected = f"({analysis.num_units},), one level per unit"
-        raise SteppingError(explain("wrong shape", where="levels", got=str(tuple(levels.shape)), expected=expected))
-    if len(levels) and (int(levels.min()) < 1 or int(levels.max()) > n + 1):
-        got, expected = f"{int(levels.min())}..{int(levels.max())}", f"1..{n}, or {n + 1} for spare units"
-        raise SteppingError(explain("value out of range", where="levels", got=got, expected=expected))
-    for anchor in analysis.anchors:
-        if int(levels[anchor].min()) > 1:
-            first = int(anchor[0])
-            name = next((g.name for g in analysis.groups if bool((g.units == first).any())), "a layer")
-            raise SteppingError(
-                explain(
-                    f"subnet 1 would have an empty layer: none of {len(anchor)} units is at level 1",
-                    where=name,
-                    action="Keep one of them there.",
-                )
-            )
-    return levels
-
-
-def _refresh_after_loading(net: nn.Module, _: Any) -> None:
-    """A state dict brings its own levels; the masks must follow."""
-    assert isinstance(net, SteppingNet)
-    net.refresh(check_levels(net.unit_levels, net.analysis, net.num_subnets))
+    return read_net(path, SteppingNet, model, device)

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -23,14 +23,15 @@ from .errors import CaptureError, CheckpointError
 from .graph.program import copy_model, named_tensors
 from .integrations.timm import models as _paper_networks  # noqa: F401 - registers them
 from .nested.module import sliced_copy
-from .net import SteppingNet
+from .nested.net import NestedNet
 from .tensorfile import NET, read_file
-from .units import Analysis, restrict
-from .witness import find_units
+from .units.analysis import Analysis, restrict
+from .units.witness import find_units
 
-__all__ = ["describe_origin", "load", "save"]
+__all__ = ["describe_origin", "read_net", "write_net"]
 
 VERSION = 1
+NetT = TypeVar("NetT", bound=NestedNet)
 
 
 def describe_origin(
@@ -70,7 +71,7 @@ def fingerprint(analysis: Analysis) -> str:
     return digest.hexdigest()
 
 
-def save(net: SteppingNet, path: str | os.PathLike) -> None:
+def write_net(net: NestedNet, path: str | os.PathLike[str]) -> None:
     """Write a net atomically: the file at `path` is the old one or the complete new one."""
     tensors = {f"model.{name}": t.detach().cpu().contiguous() for name, t in _unique(net.model)}
     tensors["levels"] = net.levels
@@ -100,24 +101,18 @@ def save(net: SteppingNet, path: str | os.PathLike) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(
-    path: str | os.PathLike, model: nn.Module | None = None, *, device: str | torch.device | None = None
-) -> SteppingNet:
-    """Read a net that `SteppingNet.save` wrote.
-
-    Args:
-        path: the file.
-        model: an instance of the original model, needed unless it is a registered timm model; not modified.
-        device: where to put the net; the CPU if left out.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, foreign, of another version, or of another model.
-    """
+def read_net(
+    path: str | os.PathLike[str],
+    kind: type[NetT],
+    model: nn.Module | None = None,
+    device: str | torch.device | None = None,
+) -> NetT:
+    """Read a net that `write_net` wrote, as one of class `kind`. Other arguments and errors: `stepping_plugin.load`."""
     header, tensors = read_file(Path(path), NET, VERSION)
     errors = []
     for candidate in _candidates(header, model, path):
         try:
-            return _rebuild(candidate, header, dict(tensors), path).to(device or "cpu")
+            return _rebuild(kind, candidate, header, dict(tensors), path).to(device or "cpu")
         except CaptureError:  # a model that cannot even run on the net's images
             errors.append(str(_other_model(candidate, path)))
         except CheckpointError as error:
@@ -145,7 +140,7 @@ def _candidates(header: dict[str, Any], model: nn.Module | None, path: Any) -> I
             continue
 
 
-def _rebuild(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> SteppingNet:
+def _rebuild(kind: type[NetT], model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> NetT:
     modes = tuple(bool(m) for m in header["modes"])
     analysis = find_units(model, tuple(header["image_size"]), modes)
     lineage = [tensors.pop(f"lineage.{k}") for k in range(header["lineage"])]
@@ -158,7 +153,7 @@ def _rebuild(model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor
         raise _other_model(model, path)
     levels = tensors.pop("levels")
     _take_over(model, {k.removeprefix("model."): v for k, v in tensors.items()}, path)
-    net = SteppingNet(model, analysis, levels, header["budgets"], header["reference_macs"], header["origin"], lineage)
+    net = kind(model, analysis, levels, header["budgets"], header["reference_macs"], header["origin"], lineage)
     net.notes = list(header.get("notes", []))
     if net.macs != header["macs"]:
         raise CheckpointError(f"{path}: the net has MACs {net.macs}, the file says {header['macs']}; it is damaged.")

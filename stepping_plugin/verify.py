@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .engine import compile_engine
 from .errors import NestingError
 from .graph.program import is_static
-from .nested.module import channel_levels
-from .net import SteppingNet
-from .ownership import NEVER, first_readers
+from .nested.net import NestedNet
+from .units.levels import channel_levels
+from .units.ownership import NEVER, first_readers
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -57,7 +58,7 @@ class VerifyReport:
         return "\n".join(lines)
 
 
-def verify(net: SteppingNet, x: Tensor | None = None, *, engine: bool = True, seed: int = 0) -> VerifyReport:
+def verify(net: NestedNet, x: Tensor | None = None, *, engine: bool = True, seed: int = 0) -> VerifyReport:
     """Check on the net's own weights, in float64, that its subnets are nested and can be run on their own.
 
     Args:
@@ -101,9 +102,9 @@ def verify(net: SteppingNet, x: Tensor | None = None, *, engine: bool = True, se
     return report
 
 
-def _engine_errors(net: SteppingNet, x: Tensor, scores: Tensor, scale: float) -> list[float]:
+def _engine_errors(net: NestedNet, x: Tensor, scores: Tensor, scale: float) -> list[float]:
     errors = []
-    for i, (stepped, expected) in enumerate(zip(net.deploy().steps(x), scores), start=1):
+    for i, (stepped, expected) in enumerate(zip(compile_engine(net).steps(x), scores), start=1):
         errors.append(float((stepped - expected).abs().max()) / scale)
         if not errors[-1] <= TOLERANCE:
             raise NestingError(f"The engine's subnet {i} differs from the nested net by {errors[-1]:.1e}.", subnet=i)
@@ -120,7 +121,7 @@ class _Noisy(fx.Interpreter):
         seed: of the noise.
     """
 
-    def __init__(self, net: SteppingNet, first: dict[fx.Node, Tensor], level: int, seed: int) -> None:
+    def __init__(self, net: NestedNet, first: dict[fx.Node, Tensor], level: int, seed: int) -> None:
         super().__init__(net._graphs[False].module)
         self.net, self.first, self.level = net, first, level
         self.generator = torch.Generator().manual_seed(seed)

@@ -18,13 +18,13 @@ from typing import Any
 
 import yaml
 
-from stepping_plugin.compare.page import summary_table
-from stepping_plugin.compare.results import read_all
-from stepping_plugin.compare.tables import markdown
+from stepping_plugin.studies.compare.page import summary_table
+from stepping_plugin.studies.compare.results import read_all
+from stepping_plugin.studies.compare.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED, RESULTS = ROOT / "docs" / "measured", ROOT / "recipes" / "results"
-TEXTS = [ROOT / "README.md", ROOT / "docs" / "measurements.md"]
+TEXTS = [ROOT / "README.md", ROOT / "docs" / "results" / "measurements.md"]
 _KEPT = ("title", "seed", "machine", "original", "subnets", "early_exit", "verify", "seconds", "recipe")
 _BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- /measured -->)", re.DOTALL)
 _EXPECTED = re.compile(r"^# Expected result:.*\n(?:#   .*\n)*", re.MULTILINE)
@@ -185,7 +185,7 @@ def structure() -> str:
 
 def coverage() -> str:
     first, second = (
-        json.loads((ROOT / "docs" / f"{name}.json").read_text(encoding="utf-8"))
+        json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("coverage_results", "coverage_second")
     )
     smallest = [r for r in first if not r["model"].startswith("torchvision:")]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import stepping_plugin.integrations.timm  # noqa: F401 - registers the paper's networks
-from stepping_plugin.coverage.check import perturb as randomise
 from stepping_plugin.net import SteppingNet
-from stepping_plugin.units import Analysis
-from stepping_plugin.witness import find_units
+from stepping_plugin.studies.coverage.check import perturb as randomise
+from stepping_plugin.units.analysis import Analysis
+from stepping_plugin.units.witness import find_units
 
 # One small model per kind of structure: residual, attention, LayerNorm convolutions, weight standardisation, ...
 FAMILIES = [

@@ -8,8 +8,8 @@ from nets import make, nested
 from rich.console import Console
 
 from stepping_plugin.engine import Prediction, compile_engine
-from stepping_plugin.engine.bench_deadline import _judged, bench_deadlines, deadline_table
 from stepping_plugin.errors import SteppingError
+from stepping_plugin.studies.bench.deadline import _judged, bench_deadlines, deadline_table
 
 
 def answer(deadline: float, subnet: int, seconds: float) -> tuple[float, Prediction]:

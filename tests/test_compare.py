@@ -14,18 +14,18 @@ from torch import nn
 import stepping_plugin.integrations.timm  # noqa: F401 - registers the small networks
 from stepping_plugin import BudgetError, SteppingError
 from stepping_plugin.cli import main
-from stepping_plugin.compare import timing
-from stepping_plugin.compare.dense import dense_net, dense_units
-from stepping_plugin.compare.page import page_text
-from stepping_plugin.compare.results import Result, differing, read, read_all, result_path
-from stepping_plugin.compare.runner import Comparison, compare, flat
-from stepping_plugin.compare.slimmable import Slimmable
-from stepping_plugin.compare.studies import STUDIES, method_variants, study_variants
-from stepping_plugin.compare.tables import Group, difference_table
 from stepping_plugin.integrations.fvcore import count_macs
 from stepping_plugin.integrations.torch_pruning.to_budget import PRUNERS, loss_gradients, prune_to_budget
-from stepping_plugin.macs import MacModel
-from stepping_plugin.units import analyse
+from stepping_plugin.studies.compare import timing
+from stepping_plugin.studies.compare.dense import dense_net, dense_units
+from stepping_plugin.studies.compare.page import page_text
+from stepping_plugin.studies.compare.results import Result, differing, read, read_all, result_path
+from stepping_plugin.studies.compare.runner import Comparison, compare, flat
+from stepping_plugin.studies.compare.slimmable import Slimmable
+from stepping_plugin.studies.compare.studies import STUDIES, method_variants, study_variants
+from stepping_plugin.studies.compare.tables import Group, difference_table
+from stepping_plugin.units.analysis import analyse
+from stepping_plugin.units.macs import MacModel
 
 NETS = {
     "digits_net": ((1, 8, 8), {}),
@@ -386,11 +386,11 @@ def committed():
 def test_the_committed_page_comes_from_the_committed_results(monkeypatch):
     """Every number on it: the whole text is made anew and compared."""
     monkeypatch.chdir(ROOT)
-    page = Path("docs/comparison.md")
+    page = Path("docs/results/comparison.md")
     text = page_text(Path("recipes/results"), page)
-    assert text == page.read_text(encoding="utf-8"), "run stepping compare --page docs/comparison.md"
+    assert text == page.read_text(encoding="utf-8"), "run stepping compare --page docs/results/comparison.md"
     shown = re.findall(r"\]\((comparison/[^)]*\.png)\)", page.read_text(encoding="utf-8"))
-    assert shown and all((ROOT / "docs" / name).is_file() for name in shown)
+    assert shown and all((ROOT / "docs" / "results" / name).is_file() for name in shown)
     assert Path("recipes/results/NOTES.md").read_text(encoding="utf-8") in text
 
 

@@ -10,15 +10,16 @@ from torch import nn
 
 from stepping_plugin import SteppingError, SteppingNet
 from stepping_plugin.cli import main
-from stepping_plugin.coverage import check as checks
-from stepping_plugin.coverage import runner
-from stepping_plugin.coverage.families import FAMILIES, TORCHVISION, Spec, select
-from stepping_plugin.coverage.fuzz import check_network, random_network
-from stepping_plugin.coverage.runner import check_in_process, read_results, run_coverage, write_results
-from stepping_plugin.coverage.structure import structure
-from stepping_plugin.coverage.table import markdown_table, summary_lines
-from stepping_plugin.coverage.variants import fitted
-from stepping_plugin.units import analyse
+from stepping_plugin.studies.coverage import check as checks
+from stepping_plugin.studies.coverage import runner
+from stepping_plugin.studies.coverage.families import select
+from stepping_plugin.studies.coverage.fuzz import check_network, random_network
+from stepping_plugin.studies.coverage.runner import check_in_process, read_results, run_coverage, write_results
+from stepping_plugin.studies.coverage.specs import FAMILIES, TORCHVISION, Spec
+from stepping_plugin.studies.coverage.structure import structure
+from stepping_plugin.studies.coverage.table import markdown_table, summary_lines
+from stepping_plugin.studies.coverage.variants import fitted
+from stepping_plugin.units.analysis import analyse
 
 SMALL = Spec("test_vit", "vision_transformer", 32, {"img_size": 32, "depth": 2})
 
@@ -190,7 +191,7 @@ def test_runs_resume(tmp_path, monkeypatch):
         status = "ok" if spec.model == "a" else "nested: leak"
         return {"model": spec.model, "module": "m", "status": status, "wall_seconds": 1.0}
 
-    monkeypatch.setattr("stepping_plugin.coverage.runner.check_in_process", fake)
+    monkeypatch.setattr("stepping_plugin.studies.coverage.runner.check_in_process", fake)
     output = tmp_path / "deep" / "results.json"
     specs = [Spec(name, "m", 32) for name in ("b", "a")]
     run_coverage(specs, output)
@@ -207,7 +208,7 @@ def test_runs_resume(tmp_path, monkeypatch):
 
 def test_command(tmp_path, monkeypatch, capsys):
     row = {"model": "test_vit", "module": "vision_transformer", "status": "ok", "wall_seconds": 1.0}
-    monkeypatch.setattr("stepping_plugin.coverage.runner.check_in_process", lambda *_: row)
+    monkeypatch.setattr("stepping_plugin.studies.coverage.runner.check_in_process", lambda *_: row)
     output, table = tmp_path / "r.json", tmp_path / "t.md"
     assert main(["coverage", "--models", "test_vit", "--output", str(output), "--table", str(table)]) == 0
     assert read_results(output) == [row]
@@ -217,7 +218,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name, page", [("coverage_results", "coverage"), ("coverage_second", "coverage_second")])
 def test_committed_results_and_table_belong_together(name, page):
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[1] / "docs" / "results"
     rows = read_results(docs / f"{name}.json")
     page = (docs / f"{page}.md").read_text()
     assert markdown_table(rows) in page

@@ -8,8 +8,8 @@ from nets import images, make, nested
 from torch import Tensor
 
 from stepping_plugin.engine import compile_engine
-from stepping_plugin.engine.curve import Answers, answers_of, early_exit_curve
 from stepping_plugin.errors import SteppingError
+from stepping_plugin.runs.early_exit import Answers, answers_of, early_exit_curve
 
 
 def answers(confidence: list[list[float]], correct: list[list[int]]) -> Answers:

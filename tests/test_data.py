@@ -13,8 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from stepping_plugin.errors import SteppingError
-from stepping_plugin.recipe_schema import DataConfig
-from stepping_plugin.training.data import (
+from stepping_plugin.runs.data import (
     Augment,
     EpochLoader,
     EpochSampler,
@@ -22,6 +21,7 @@ from stepping_plugin.training.data import (
     TransformSet,
     build_data,
 )
+from stepping_plugin.runs.recipe_schema import DataConfig
 from stepping_plugin.training.loader import seeded_generator
 
 

@@ -28,7 +28,7 @@ from stepping_plugin.training import loop
 from stepping_plugin.training.checkpoint import save_checkpoint
 from stepping_plugin.training.loader import Augment, EpochLoader, TensorSet
 from stepping_plugin.training.loop import TrainConfig, fit
-from stepping_plugin.units import analyse
+from stepping_plugin.units.analysis import analyse
 
 folder = sys.argv[1]
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -163,10 +163,10 @@ from torch import nn
 from stepping_plugin.construction.config import ConstructionConfig
 from stepping_plugin.construction.flow import Construction
 from stepping_plugin.construction.start import start_network
-from stepping_plugin.macs import MacModel
+from stepping_plugin.units.macs import MacModel
 from stepping_plugin.training.checkpoint import save_checkpoint
 from stepping_plugin.training.loader import EpochLoader, TensorSet
-from stepping_plugin.units import analyse
+from stepping_plugin.units.analysis import analyse
 
 folder, world, rank = sys.argv[1], int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 torch.set_num_threads(1)

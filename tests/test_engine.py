@@ -10,10 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepping_plugin.engine import compile_engine, entropy, kernels, load_engine, margin, max_probability
-from stepping_plugin.engine.bench import equal_levels
 from stepping_plugin.engine.clock import StepClock
 from stepping_plugin.errors import SteppingError
 from stepping_plugin.integrations.fvcore.counting import count_macs
+from stepping_plugin.studies.bench.engine import equal_levels
 
 TOLERANCE = 1e-9
 

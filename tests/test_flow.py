@@ -18,12 +18,12 @@ from stepping_plugin.construction.landing import find_plugs
 from stepping_plugin.construction.start import endless, start_network
 from stepping_plugin.construction.unstructured import UnstructuredPruning
 from stepping_plugin.errors import BudgetError, CheckpointError, SteppingError
-from stepping_plugin.macs import MacModel
 from stepping_plugin.net import SteppingNet
-from stepping_plugin.recipe_schema import Construction as Section
+from stepping_plugin.runs.recipe_schema import Construction as Section
 from stepping_plugin.training.checkpoint import load_checkpoint, save_checkpoint
 from stepping_plugin.training.loader import EpochLoader, TensorSet
-from stepping_plugin.units import Analysis, analyse
+from stepping_plugin.units.analysis import Analysis, analyse
+from stepping_plugin.units.macs import MacModel
 
 SHARES = (0.1, 0.3, 0.5, 0.85)
 N = len(SHARES)

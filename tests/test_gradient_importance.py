@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stepping_plugin.construction.gradient_importance import GradientImportance
 from stepping_plugin.net import SteppingNet
 from stepping_plugin.training.losses import cross_entropy
-from stepping_plugin.units import analyse
+from stepping_plugin.units.analysis import analyse
 
 N, BATCH, CLASSES = 3, 5, 4
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from nets import Plain, random_levels
 
 from stepping_plugin import BudgetError, SteppingError
-from stepping_plugin.levels import check_budgets, check_scores, floor_macs, locked_units, parse_budgets
-from stepping_plugin.macs import MacModel
-from stepping_plugin.units import analyse
+from stepping_plugin.units.analysis import analyse
+from stepping_plugin.units.levels import check_budgets, check_scores, floor_macs, locked_units, parse_budgets
+from stepping_plugin.units.macs import MacModel
 
 M_T = 1_234_567
 

@@ -17,7 +17,7 @@ from stepping_plugin.errors import SteppingError
 from stepping_plugin.net import SteppingNet
 from stepping_plugin.training.losses import SubnetLoss, cross_entropy, distillation
 from stepping_plugin.training.suppression import Suppression, parameter_units
-from stepping_plugin.units import Analysis, analyse
+from stepping_plugin.units.analysis import Analysis, analyse
 
 N, B, C = 3, 5, 7
 ZEROS = (torch.zeros(N, B, C), torch.zeros(B).long())

@@ -11,8 +11,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepping_plugin.macs import MacModel
-from stepping_plugin.units import analyse
+from stepping_plugin.units.analysis import analyse
+from stepping_plugin.units.macs import MacModel
 
 
 class Parallel(nn.Module):

@@ -6,8 +6,8 @@ import re
 import measured
 import pytest
 
-from stepping_plugin.compare.results import read_all
-from stepping_plugin.recipe import load_recipe
+from stepping_plugin.runs.recipe import load_recipe
+from stepping_plugin.studies.compare.results import read_all
 
 
 @pytest.mark.parametrize("path, text, wanted", [pytest.param(*u, id=u[0].name) for u in measured.updates()])

@@ -20,7 +20,7 @@ from torch import nn
 
 from stepping_plugin import NestingError, verify
 from stepping_plugin.nested.module import direct_weights
-from stepping_plugin.units import restrict
+from stepping_plugin.units.analysis import restrict
 
 
 @pytest.fixture(params=FAMILIES, scope="module")

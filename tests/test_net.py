@@ -275,7 +275,7 @@ def test_bad_budgets(model, budgets, text):
 
 
 def test_budget_below_the_floor_states_the_floor(model, net):
-    from stepping_plugin.levels import floor_macs
+    from stepping_plugin.units.levels import floor_macs
 
     floor = floor_macs(net.analysis, net.macs_model)
     with pytest.raises(BudgetError, match=f"{floor:,}"):

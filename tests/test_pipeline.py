@@ -14,8 +14,8 @@ from nets import relative
 
 from stepping_plugin import CheckpointError, SteppingError, load, verify
 from stepping_plugin.cli import main
-from stepping_plugin.pipeline import plan, run_recipe
-from stepping_plugin.recipe import load_recipe
+from stepping_plugin.runs.pipeline import plan, run_recipe
+from stepping_plugin.runs.recipe import load_recipe
 
 SMALL = [
     "data.limit=400", "train.epochs=2", "construction.iterations=4", "construction.batches=2", "retrain.epochs=2",
@@ -123,7 +123,7 @@ def test_killed_runs_end_with_the_same_weights(done, tmp_path, monkeypatch):
     folder, _ = done
     code = (
         "import sys; from stepping_plugin import pipeline; pipeline.SAVE_EVERY = 0.0;"
-        "from stepping_plugin.recipe import load_recipe;"
+        "from stepping_plugin.runs.recipe import load_recipe;"
         "pipeline.run_recipe(load_recipe('digits', sys.argv[2:]), sys.argv[1])"
     )
     command = [sys.executable, "-c", code, str(tmp_path), *SMALL]

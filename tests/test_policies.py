@@ -17,10 +17,10 @@ from stepping_plugin.construction.landing import Planner, cut_off_groups, find_p
 from stepping_plugin.construction.policies import POLICIES, assign
 from stepping_plugin.construction.uniform import needed_widening, uniform_band
 from stepping_plugin.construction.widening import widen
-from stepping_plugin.levels import locked_units, parse_budgets
-from stepping_plugin.macs import MacModel
 from stepping_plugin.net import SteppingNet
-from stepping_plugin.units import analyse
+from stepping_plugin.units.analysis import analyse
+from stepping_plugin.units.levels import locked_units, parse_budgets
+from stepping_plugin.units.macs import MacModel
 
 TINY = ["test_resnet", "test_vit", "test_convnext"]
 MODELS = [*TINY, "resnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from stepping_plugin.errors import RecipeError
-from stepping_plugin.recipe import dump_recipe, load_recipe, parse_recipe, shipped_recipes
-from stepping_plugin.recipe_schema import Recipe, Section
+from stepping_plugin.runs.recipe import dump_recipe, load_recipe, parse_recipe, shipped_recipes
+from stepping_plugin.runs.recipe_schema import Recipe, Section
 
 MINIMAL = "model: {name: lenet5}\ndata: {name: digits}\nbudgets: [0.1, 0.5]\n"
 PAPER = {  # section IV: expansion, m, budgets

@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from stepping_plugin import report
 from stepping_plugin.errors import SteppingError
+from stepping_plugin.runs import report
 
 FILES = {"report.json", "accuracy_vs_macs.png", "units_per_layer.png", "index.html"}
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from stepping_plugin.net import SteppingNet
 from stepping_plugin.training.loader import Augment, EpochLoader, TensorSet
 from stepping_plugin.training.loop import TrainConfig, fit
-from stepping_plugin.units import analyse
+from stepping_plugin.units.analysis import analyse
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from stepping_plugin import apply_steppingnet, verify
 from stepping_plugin.graph.decompositions import einsum
 from stepping_plugin.integrations.fvcore import count_macs
-from stepping_plugin.macs import MacModel, static_macs
 from stepping_plugin.net import SteppingNet
-from stepping_plugin.units import analyse
+from stepping_plugin.units.analysis import analyse
+from stepping_plugin.units.macs import MacModel, static_macs
 
 SIZE = (3, 8, 8)
 

@@ -27,7 +27,7 @@ from stepping_plugin.training.checkpoint import load_checkpoint, random_state, r
 from stepping_plugin.training.loop import CHECKPOINT, LOG, TrainConfig, Trainer, evaluate, fit
 from stepping_plugin.training.losses import SubnetLoss, cross_entropy
 from stepping_plugin.training.suppression import Suppression
-from stepping_plugin.units import Analysis, analyse
+from stepping_plugin.units.analysis import Analysis, analyse
 
 CLASSES, SIZE = 4, (1, 6, 6)
 PLAIN_SGD = TrainConfig(epochs=2, opt="momentum", lr=0.05, sched="none", weight_decay=0.0)
@@ -244,7 +244,7 @@ def data_of(batches: DataLoader) -> tuple[Tensor, Tensor]:
 
 
 def test_hyperparameters_are_read_from_a_section_of_a_recipe():
-    from stepping_plugin.recipe_schema import Retrain
+    from stepping_plugin.runs.recipe_schema import Retrain
 
     config = TrainConfig.of(Retrain(epochs=3, opt="adamw", amp=True), device="cpu")
     assert (config.epochs, config.opt, config.amp, config.device) == (3, "adamw", True, "cpu")

@@ -8,14 +8,14 @@ from nets import images, random_levels, randomise, relative
 from torch import Tensor, nn
 
 from stepping_plugin import CaptureError, verify
-from stepping_plugin.coverage.check import build
-from stepping_plugin.coverage.families import TORCHVISION
 from stepping_plugin.graph.capture import capture
 from stepping_plugin.graph.program import copy_model
 from stepping_plugin.integrations.fvcore import count_macs
-from stepping_plugin.macs import MacModel
 from stepping_plugin.net import SteppingNet
-from stepping_plugin.units import analyse
+from stepping_plugin.studies.coverage.check import build
+from stepping_plugin.studies.coverage.specs import TORCHVISION
+from stepping_plugin.units.analysis import analyse
+from stepping_plugin.units.macs import MacModel
 
 SIZE = (3, 8, 8)
 

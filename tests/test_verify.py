@@ -12,8 +12,8 @@ from stepping_plugin import NestingError, verify
 from stepping_plugin.construction.importance import magnitude_scores
 from stepping_plugin.nested.module import direct_weights
 from stepping_plugin.net import SteppingNet
-from stepping_plugin.ownership import NEVER, first_readers
-from stepping_plugin.units import analyse
+from stepping_plugin.units.analysis import analyse
+from stepping_plugin.units.ownership import NEVER, first_readers
 
 SIZE = (3, 8, 8)
 

@@ -13,12 +13,11 @@ from torch import nn
 from stepping_plugin.construction.widening import copies_for, reinitialise, widen
 from stepping_plugin.errors import SteppingError
 from stepping_plugin.graph.labels import Role
-from stepping_plugin.macs import MacModel
-from stepping_plugin.net import SteppingNet
-from stepping_plugin.serialization import load
-from stepping_plugin.units import Analysis, analyse
+from stepping_plugin.net import SteppingNet, load
+from stepping_plugin.units.analysis import Analysis, analyse
+from stepping_plugin.units.macs import MacModel
+from stepping_plugin.units.witness import find_units
 from stepping_plugin.verify import verify
-from stepping_plugin.witness import find_units
 
 # residual; depthwise with gates; attention; LayerNorm convolutions; plain convolutions and linears
 MODELS = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "lenet5", "digits_net"]

@@ -9,8 +9,7 @@ hide a matrix product.
 
 Counts come from a trace of the inference form (eval mode, no gradients), so what a call really executes is
 what is counted: a product with a masked weight costs the same as a dense one, a product with a sliced weight
-costs less.
-fvcore: https://github.com/facebookresearch/fvcore/blob/main/docs/flop_count.md
+costs less (fvcore: https://github.com/facebookresearch/fvcore/blob/main/docs/flop_count.md).
 """
 
 from __future__ import annotations

@@ -29,7 +29,17 @@ from torch import Tensor, nn
 
 from stepping_plugin.errors import SteppingError, nearest
 
-__all__ = ["DigitsNet", "LeNet3C1L", "LeNet5", "ResNet56", "ResNetTiny", "VGGCifar", "VGGTiny", "require_model"]
+__all__ = [
+    "DigitsNet",
+    "LeNet3C1L",
+    "LeNet5",
+    "ResNet56",
+    "ResNetTiny",
+    "VGGCifar",
+    "VGGTiny",
+    "named_model",
+    "require_model",
+]
 
 ImgSize = int | tuple[int, int]
 NetT = TypeVar("NetT", bound=nn.Module)
@@ -231,8 +241,8 @@ class _BasicBlock(nn.Module):
         return self.act(branch + self.downsample(x))
 
 
-class ResNetTiny(_SmallNet):
-    """Residual net of three basic blocks with 16, 32 and 64 channels, for images from 16x16 up."""
+class _ResNet(_SmallNet):
+    """Stem, basic blocks of 16, 32 and 64 channels, mean over the positions (https://arxiv.org/abs/1512.03385)."""
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3, width_mult: float = 1.0) -> None:
         widths = [_width(base, width_mult) for base in (16, 32, 64)]
@@ -240,45 +250,45 @@ class ResNetTiny(_SmallNet):
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.act = nn.ReLU()
-        self.layer1 = _BasicBlock(widths[0], widths[0], 1)
-        self.layer2 = _BasicBlock(widths[0], widths[1], 2)
-        self.layer3 = _BasicBlock(widths[1], widths[2], 2)
+        self._add_blocks(widths)
         self._add_classifier(widths[2])
         _init_convs(self)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.act(self.bn1(self.conv1(x)))
-        return self.layer3(self.layer2(self.layer1(x)))
+    def _add_blocks(self, widths: list[int]) -> None:
+        raise NotImplementedError
 
     def _pre_logits(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))
 
 
-class ResNet56(_SmallNet):
-    """ResNet-56 for CIFAR (https://arxiv.org/abs/1512.03385), shortcuts projected where the shape changes."""
+class ResNetTiny(_ResNet):
+    """Residual net of three basic blocks, for images from 16x16 up."""
+
+    def _add_blocks(self, widths: list[int]) -> None:
+        self.layer1 = _BasicBlock(widths[0], widths[0], 1)
+        self.layer2 = _BasicBlock(widths[0], widths[1], 2)
+        self.layer3 = _BasicBlock(widths[1], widths[2], 2)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn1(self.conv1(x)))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+
+class ResNet56(_ResNet):
+    """ResNet-56 for CIFAR, shortcuts projected where the shape changes."""
 
     BLOCKS = 9
 
-    def __init__(self, num_classes: int = 10, in_chans: int = 3, width_mult: float = 1.0) -> None:
-        widths = [_width(base, width_mult) for base in (16, 32, 64)]
-        super().__init__(num_classes, in_chans, num_features=widths[2])
-        self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.act = nn.ReLU()
+    def _add_blocks(self, widths: list[int]) -> None:
         blocks, before = [], widths[0]
         for stage, width in enumerate(widths):
             for k in range(self.BLOCKS):
                 blocks.append(_BasicBlock(before, width, 2 if stage and not k else 1))
                 before = width
         self.blocks = nn.Sequential(*blocks)
-        self._add_classifier(widths[2])
-        _init_convs(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.blocks(self.act(self.bn1(self.conv1(x))))
-
-    def _pre_logits(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
 
 
 class DigitsNet(_SmallNet):
@@ -355,46 +365,31 @@ def _create(cls: Callable[..., NetT], variant: str, pretrained: bool, kwargs: di
     return model
 
 
-@register_model
-def lenet3c1l(pretrained: bool = False, **kwargs: Any) -> LeNet3C1L:
-    return _create(LeNet3C1L, "lenet3c1l", pretrained, kwargs)
+_VARIANTS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {  # name -> class, arguments of its own
+    "lenet3c1l": (LeNet3C1L, {}),
+    "lenet5": (LeNet5, {}),
+    "vgg16_cifar": (VGGCifar, {}),
+    "resnet_tiny": (ResNetTiny, {}),
+    "resnet56_cifar": (ResNet56, {}),
+    "digits_net": (DigitsNet, {}),
+    "vgg_tiny": (VGGTiny, {"num_classes": 10}),
+    "vit_pico": (VisionTransformer, {"img_size": 28, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4,
+                                     "num_classes": 10}),
+}  # fmt: skip
 
 
-@register_model
-def lenet5(pretrained: bool = False, **kwargs: Any) -> LeNet5:
-    return _create(LeNet5, "lenet5", pretrained, kwargs)
+def _register(variant: str) -> None:
+    cls, own = _VARIANTS[variant]
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(cls, variant, pretrained, {**own, **kwargs})
+
+    create.__name__ = create.__qualname__ = variant  # timm registers functions by name
+    globals()[variant] = register_model(create)
 
 
-@register_model
-def vgg16_cifar(pretrained: bool = False, **kwargs: Any) -> VGGCifar:
-    return _create(VGGCifar, "vgg16_cifar", pretrained, kwargs)
-
-
-@register_model
-def resnet_tiny(pretrained: bool = False, **kwargs: Any) -> ResNetTiny:
-    return _create(ResNetTiny, "resnet_tiny", pretrained, kwargs)
-
-
-@register_model
-def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet56:
-    return _create(ResNet56, "resnet56_cifar", pretrained, kwargs)
-
-
-@register_model
-def digits_net(pretrained: bool = False, **kwargs: Any) -> DigitsNet:
-    return _create(DigitsNet, "digits_net", pretrained, kwargs)
-
-
-@register_model
-def vgg_tiny(pretrained: bool = False, **kwargs: Any) -> VGGTiny:
-    kwargs.setdefault("num_classes", 10)
-    return _create(VGGTiny, "vgg_tiny", pretrained, kwargs)
-
-
-@register_model
-def vit_pico(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    shape = {"img_size": 28, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 10}
-    return _create(VisionTransformer, "vit_pico", pretrained, {**shape, **kwargs})
+for _variant in _VARIANTS:
+    _register(_variant)
 
 
 def require_model(name: str) -> None:
@@ -405,3 +400,24 @@ def require_model(name: str) -> None:
     """
     if not timm.is_model(name):
         raise SteppingError(f"model: timm has no model {name!r}; {nearest(name, timm.list_models())}")
+
+
+def named_model(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: Any) -> nn.Module:
+    """A timm model by name, for images of a size if it needs to know.
+
+    Args:
+        name: timm name.
+        img_size: height and width; None: the model's own.
+        kwargs: of `timm.create_model`; those that are None are left out.
+
+    Raises:
+        SteppingError: no such model; names the nearest one.
+    """
+    require_model(name)
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if img_size is not None:
+        try:
+            return timm.create_model(name, img_size=img_size, **kwargs)
+        except TypeError:  # convolutional models take any size
+            pass
+    return timm.create_model(name, **kwargs)

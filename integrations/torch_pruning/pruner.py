@@ -23,17 +23,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from stepping_plugin.api import check_model, reference_notes
+from stepping_plugin.construction.config import ConstructionConfig
 from stepping_plugin.construction.importance import magnitude_scores
-from stepping_plugin.construction.policies import assign
+from stepping_plugin.construction.start import convert, one_shot
 from stepping_plugin.errors import SteppingError, explain
-from stepping_plugin.graph.program import copy_model
-from stepping_plugin.levels import parse_budgets
-from stepping_plugin.macs import MacModel
-from stepping_plugin.net import SteppingNet
-from stepping_plugin.serialization import describe_origin
-from stepping_plugin.units import Analysis
-from stepping_plugin.witness import find_units, join_units, pin_units
+from stepping_plugin.units.analysis import Analysis
+from stepping_plugin.units.witness import join_units, pin_units
 
 __all__ = ["SteppingPruner", "UnitMove"]
 
@@ -97,37 +92,25 @@ class SteppingPruner:
         seed: int = 0,
     ) -> None:
         images: Any = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
-        image_size = check_model(model, images)
         self.notes: list[str] = []
-        owner = copy_model(model)
-        analysis = find_units(owner, image_size)
         names = {module: name for name, module in model.named_modules()}
-        _check_heads(analysis, {names.get(m, "?"): heads for m, heads in (num_heads or {}).items()})
-        scores = self._score(
-            model, images, analysis, importance, customized_pruners, unwrapped_parameters, root_module_types
-        )
-        analysis, scores = _without_ignored(analysis, scores, [names.get(m) for m in ignored_layers or ()])
-        analysis, scores = _in_blocks(analysis, scores, round_to)
-        macs_model = MacModel(analysis)
-        reference = macs_model.total
-        self.notes += reference_notes(owner, image_size, reference)
-        self.budgets = parse_budgets(budgets, reference)
-        generator = torch.Generator().manual_seed(seed)
-        plan = assign(
-            analysis,
-            macs_model,
-            self.budgets,
-            scores,
-            policy=policy,
-            generator=generator,
-            reference_macs=reference,
-        )
-        self._plan = plan.levels
-        self.notes += plan.notes
-        start = torch.ones(analysis.num_units, dtype=torch.long)
-        self.net = SteppingNet(owner, analysis, start, self.budgets, reference, describe_origin(model, image_size))
+        scores = torch.empty(0)
+
+        def adapt(analysis: Analysis) -> Analysis:
+            nonlocal scores
+            _check_heads(analysis, {names.get(m, "?"): heads for m, heads in (num_heads or {}).items()})
+            scores = self._score(
+                model, images, analysis, importance, customized_pruners, unwrapped_parameters, root_module_types
+            )
+            analysis, scores = _without_ignored(analysis, scores, [names.get(m) for m in ignored_layers or ()])
+            analysis, scores = _in_blocks(analysis, scores, round_to)
+            return analysis
+
+        self.net = convert(model, budgets, ConstructionConfig(), images, adapt=adapt, seed=seed).train(model.training)
+        plan = one_shot(self.net, policy, scores=scores, seed=seed)
+        self._plan, self.budgets = plan.levels, self.net.budgets
+        self.notes += self.net.notes + plan.notes
         self.net.notes = list(self.notes)
-        self.net.train(model.training)
 
     def step(self, interactive: bool = False) -> Iterator[UnitMove] | None:
         """Move the units to their subnets.

@@ -13,8 +13,8 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from ..macs import MacModel
-from ..units import Analysis
+from ..units.analysis import Analysis
+from ..units.macs import MacModel
 
 __all__ = ["CountModel", "UnitClasses"]
 

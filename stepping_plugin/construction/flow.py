@@ -39,27 +39,27 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from ..errors import BudgetError, CheckpointError
-from ..levels import locked_units
 from ..net import SteppingNet
 from ..training.checkpoint import differences
 from ..training.trainer import Batch, TrainConfig, Trainer, assert_same_levels
+from ..units.levels import locked_units
 from .config import ConstructionConfig
 from .counts import UnitClasses
 from .gradient_importance import GradientImportance
 from .importance import discount_copies, magnitude_scores
 from .landing import LandingResult, Planner, cut_off_groups, find_plugs, result_of, settle
-from .start import endless, start_network
+from .start import endless
 from .trajectory import narrow, narrowing_band
 from .uniform import Band, uniform_band
 from .unstructured import UnstructuredPruning
 
-__all__ = ["Construction", "start_network"]
+__all__ = ["Construction"]
 
 
 class Construction:
     """The iterations of Fig. 3, one at a time.
 
-        construction = Construction(start_network(...), train_loader, config)
+        construction = Construction(convert(...), train_loader, config)
         for record in construction:               # trains and moves units
             save(construction.state_dict())       # load_state_dict continues from here
         construction.finish()                     # exact budgets, cool-down; then net.compact() and retraining

@@ -32,7 +32,7 @@ from torch import Tensor, fx
 
 from ..graph.program import call_arg, op_name
 from ..nested.build import NestedGraph
-from ..net import SteppingNet
+from ..nested.net import NestedNet
 
 __all__ = ["GradientImportance", "Site", "find_sites"]
 
@@ -102,7 +102,7 @@ class GradientImportance:
 
     def __init__(
         self,
-        net: SteppingNet,
+        net: NestedNet,
         estimator: str = "per-sample",
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from ..graph.labels import Role
 from ..graph.program import is_static, named_tensors, op_name, static_value
-from ..units import Analysis, Layer
+from ..units.analysis import Analysis, Layer
 
 __all__ = ["discount_copies", "magnitude_scores"]
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..errors import BudgetError
 from ..graph.labels import Role
-from ..levels import check_scores
-from ..macs import MacModel
-from ..units import Analysis
+from ..units.analysis import Analysis
+from ..units.levels import check_scores
+from ..units.macs import MacModel
 from .counts import Array, CountModel, UnitClasses, to_array
 from .uniform import Band, uniform_band
 
@@ -307,7 +307,7 @@ def land(
         levels: LongTensor (num_units,) with values 1..N + 1.
         budgets: MACs of subnets 1..N, ascending.
         scores: (num_units,) importance, higher is better.
-        locked: BoolTensor (num_units,) from `levels.locked_units`.
+        locked: BoolTensor (num_units,) from `units.levels.locked_units`.
         band: bounds on the widths that moves keep as long as the budget can be met inside them; by default
             those of `uniform_band`, or what `levels` has where that is outside.
 

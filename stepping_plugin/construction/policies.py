@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError, SteppingError, nearest
-from ..levels import check_budgets, check_scores, locked_units
-from ..macs import MacModel
-from ..units import Analysis
+from ..units.analysis import Analysis
+from ..units.levels import check_budgets, check_scores, locked_units
+from ..units.macs import MacModel
 from .counts import UnitClasses
 from .importance import discount_copies
 from .landing import LandingResult, Planner, find_plugs, land, result_of, settle
@@ -55,7 +55,7 @@ def assign(
     Args:
         analysis: units of the model.
         macs_model: its MACs.
-        budgets: MACs of subnets 1..N, from `levels.parse_budgets`.
+        budgets: MACs of subnets 1..N, from `units.levels.parse_budgets`.
         scores: (num_units,) importance, higher is better; needed by "steppingnet" only.
         policy: "steppingnet", "any-width" or "random".
         generator: for "random"; seed 0 by default.

@@ -1,25 +1,95 @@
-"""What construction starts from: the widened network with all units in subnet 1, and batches without end."""
+"""The one way in: from a trained classifier and budgets to the network that construction starts from.
+
+`convert` gives the (widened) network with all units in subnet 1; `one_shot` proposes levels for it without data;
+`flow.Construction` finds them with data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import BudgetError, SteppingError
-from ..levels import check_budgets
-from ..macs import MacModel
 from ..net import SteppingNet
+from ..serialization import describe_origin
 from ..training.loader import EpochLoader
 from ..training.trainer import Batch
-from ..units import Analysis
+from ..units.analysis import Analysis
+from ..units.levels import check_budgets, parse_budgets
+from ..units.macs import MacModel, static_macs
+from ..units.witness import find_units
 from .config import ConstructionConfig
-from .landing import head_units
+from .importance import magnitude_scores
+from .landing import LandingResult, head_units
+from .original import check_model, private_copy, reference_notes
+from .policies import assign
 from .widening import reinitialise, widen
 
-__all__ = ["endless", "start_network"]
+__all__ = ["convert", "endless", "one_shot", "start_network"]
+
+
+def convert(
+    model: nn.Module,
+    budgets: Sequence[float | int | str],
+    config: ConstructionConfig,
+    example_inputs: Tensor | None = None,
+    *,
+    arguments: dict[str, Any] | None = None,
+    adapt: Callable[[Analysis], Analysis] | None = None,
+    seed: int = 0,
+) -> SteppingNet:
+    """The network that construction starts from, with what there is to say about it in `notes`.
+
+    Args:
+        model, budgets, example_inputs, seed: see `apply_steppingnet`.
+        config: says how much wider the network gets, and whether with the original weights or random ones.
+        arguments: keyword arguments that the timm model was made with, to make it again on loading.
+        adapt: changes the units before anything is widened, for example to keep some at level 1.
+
+    Raises:
+        BudgetError, CaptureError, SteppingError: see `apply_steppingnet`.
+    """
+    image_size = check_model(model, example_inputs)
+    owner = private_copy(model)
+    analysis = find_units(owner, image_size)
+    static = static_macs(analysis.eval_program)
+    if adapt is not None:
+        analysis = adapt(analysis)
+    reference = MacModel(analysis).total
+    notes = reference_notes(owner, image_size, reference, static)
+    allowed = parse_budgets(budgets, reference, limit=int(reference * config.expansion**2) + 1)
+    origin = describe_origin(model, image_size, arguments)
+    net = start_network(owner, analysis, allowed, config, reference, origin, seed)
+    net.notes = notes + net.notes
+    return net
+
+
+def one_shot(
+    net: SteppingNet, policy: str = "steppingnet", *, scores: Tensor | None = None, seed: int = 0
+) -> LandingResult:
+    """Levels by a policy, without data; `net.take` carries them out.
+
+    Args:
+        net: from `convert`; not changed.
+        policy: see `policies.assign`.
+        scores: (num_units,) importance, higher is better; by default the magnitude of the weights.
+        seed: of the policy "random".
+    """
+    if scores is None and policy == "steppingnet":
+        scores = magnitude_scores(net.model, net.analysis)
+    return assign(
+        net.analysis,
+        net.macs_model,
+        net.budgets,
+        scores,
+        policy=policy,
+        generator=torch.Generator().manual_seed(seed),
+        reference_macs=net.reference_macs,
+        lineage=net.lineage,
+    )
 
 
 def start_network(
@@ -31,7 +101,7 @@ def start_network(
     origin: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> SteppingNet:
-    """The (widened) network with all units in subnet 1.
+    """The (widened) network with all units in subnet 1, where units and budgets are known; see `convert`.
 
     Args:
         model: owner of the parameters; not modified.

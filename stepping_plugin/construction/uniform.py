@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..levels import locked_units
-from ..macs import MacModel
-from ..units import Analysis
+from ..units.analysis import Analysis
+from ..units.levels import locked_units
+from ..units.macs import MacModel
 from .counts import Array, CountModel, UnitClasses
 
 __all__ = ["Band", "needed_widening", "positions", "uniform_band", "uniform_levels"]

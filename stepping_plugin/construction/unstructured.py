@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..graph.labels import Role
 from ..graph.program import named_tensors
-from ..nested.module import channel_levels, direct_weights, weight_layouts
-from ..net import SteppingNet
+from ..nested.module import direct_weights, weight_layouts
+from ..nested.net import NestedNet
+from ..units.levels import channel_levels
 
 __all__ = ["UnstructuredPruning"]
 
@@ -38,7 +39,7 @@ class UnstructuredPruning:
         threshold: weights of smaller magnitude are pruned; 0: none.
     """
 
-    def __init__(self, net: SteppingNet, threshold: float) -> None:
+    def __init__(self, net: NestedNet, threshold: float) -> None:
         self.net, self.threshold = net, threshold
         self.pruned: dict[str, tuple[Tensor, Tensor]] = {}
         self.fraction = 0.0

@@ -24,7 +24,7 @@ from ..errors import SteppingError, explain
 from ..graph.labels import Role
 from ..graph.program import Program, call_arg, named_tensors, op_name
 from ..nested.module import direct_weights, sliced_copy, weight_layouts
-from ..units import Analysis, restrict
+from ..units.analysis import Analysis, restrict
 
 __all__ = ["Widened", "copies_for", "reinitialise", "widen"]
 

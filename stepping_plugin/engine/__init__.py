@@ -1,9 +1,8 @@
 """The incremental engine: step programs, sessions, early exit and deadlines, export."""
 
 from .emit import StepProgram
-from .engine import Engine, Prediction, compile_engine
+from .engine import Engine, Prediction, compile_engine, load_engine
 from .exit import entropy, margin, max_probability
-from .files import load_engine
 from .session import Session
 
 __all__ = [

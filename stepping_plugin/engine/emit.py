@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from ..graph.labels import Role
 from ..graph.program import call_arg, is_static, op_name
 from ..graph.rules import reduced_axes
-from ..macs import dense_macs
+from ..units.macs import dense_macs
 from . import kernels
 from .plan import Plan, norm_options, normalised_axes, spread
 from .step import IMAGE, SCORES, StepGraph

@@ -9,24 +9,25 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import SteppingError, explain
+from ..errors import SteppingError, explain, image_shape_error
 from ..graph.program import named_tensors
+from ..nested.net import NestedNet
 from .clock import StepClock
-from .emit import SCORES, StepProgram, emit_steps
+from .emit import SCORES, emit_steps
 from .exit import ExitRule, as_rule, stop_now
+from .export import export_engine
+from .files import read_engine, save_engine
 from .fuse import fuse
-from .plan import BatchAxis, Plan, batch_axes
+from .plan import Plan, batch_axes
+from .program_set import ProgramSet
 from .session import Session
 
-if TYPE_CHECKING:
-    from ..net import SteppingNet
-
-__all__ = ["Engine", "Prediction", "compile_engine"]
+__all__ = ["Engine", "Prediction", "compile_engine", "load_engine"]
 
 
 @dataclass
@@ -54,27 +55,16 @@ class Prediction:
 
 
 @dataclass
-class Engine:
+class Engine(ProgramSet):
     """Runs the subnets of a net one after the other, computing only what a larger subnet adds.
 
     An engine is never changed by running it: any number of sessions, in any threads, share it.
 
     Attributes:
-        programs: step programs 1..N.
-        macs: MACs executed per sample up to subnets 1..N. They are the net's MACs (`SteppingNet.macs`, which counts
-            every unit and is what budgets bound), less those of units that no class score of any subnet depends on:
-            the engine does not compute such units, and reports what it executes.
-        image_size: (C, H, W).
-        dtype, device: of images and scores.
-        cache_axes: where the samples are, per cache name; None where a cache does not depend on the batch.
+        changed: says what was changed in the net since; None: nothing.
+        clock: step times measured so far.
     """
 
-    programs: list[StepProgram]
-    macs: list[int]
-    image_size: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    cache_axes: dict[str, BatchAxis | None]
     changed: Callable[[], str | None] = lambda: None
     clock: StepClock = field(init=False)
     _runners: list[Callable[..., tuple[Tensor, ...]]] = field(init=False, repr=False)
@@ -83,11 +73,6 @@ class Engine:
         increments = [b - a for a, b in zip([0, *self.macs], self.macs)]
         self.clock = StepClock(increments)
         self._runners = [fuse(program, self.dtype, self.device) for program in self.programs]
-
-    @property
-    def num_subnets(self) -> int:
-        """N."""
-        return len(self.programs)
 
     def compile(self, **options: Any) -> Engine:
         """Run the step programs through `torch.compile` from now on.
@@ -189,31 +174,20 @@ class Engine:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the engine to one file (tensors and JSON, no pickle); read it with `engine.load_engine`."""
-        from .files import save_engine
-
         save_engine(self, path)
 
     def export(
         self, folder: str | os.PathLike[str], format: str = "torch", batch_size: int | None = None
     ) -> dict[str, Any]:
         """Write one `torch.export` or ONNX file per step and a manifest, see `export.export_engine`."""
-        from .export import export_engine
-
         return export_engine(self, folder, format, batch_size)
 
     def _check(self, x: Any) -> None:
-        shape = f"(B, {', '.join(map(str, self.image_size))})"
         if not isinstance(x, Tensor):
-            raise SteppingError(explain("images expected", got=type(x).__name__, expected=f"a tensor of shape {shape}"))
+            expected = f"a tensor of shape (B, {', '.join(map(str, self.image_size))})"
+            raise SteppingError(explain("images expected", got=type(x).__name__, expected=expected))
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_size or not len(x):
-            raise SteppingError(
-                explain(
-                    "wrong image shape",
-                    got=str(tuple(x.shape)),
-                    expected=shape,
-                    action="Resize the images, or convert the model again with example_inputs of that size.",
-                )
-            )
+            raise image_shape_error(x.shape, self.image_size)
         if x.dtype != self.dtype or x.device.type != self.device.type:
             raise SteppingError(
                 explain(
@@ -240,7 +214,7 @@ def _checked_deadline(deadline: float | None) -> float:
 # ------------------------------------------------------------------------------------------------- compiling
 
 
-def compile_engine(net: SteppingNet, *, compile: bool | Mapping[str, Any] = False) -> Engine:
+def compile_engine(net: NestedNet, *, compile: bool | Mapping[str, Any] = False) -> Engine:
     """Compile the step programs of a net.
 
     Args:
@@ -255,18 +229,38 @@ def compile_engine(net: SteppingNet, *, compile: bool | Mapping[str, Any] = Fals
     found = batch_axes(plan.program)
     axes = {name: found[node] for name, node in sources.items()}
     engine = Engine(programs, macs, tuple(net.analysis.image_size), dtype, plan.device, axes, _watch(net))
-    return engine.compile(**compile_options(compile)) if compile else engine
+    return engine.compile(**_compile_options(compile)) if compile else engine
 
 
-def compile_options(compile: Any) -> dict[str, Any]:
-    """Keyword arguments of `torch.compile`, from the `compile` argument of `deploy` and `load_engine`."""
+def load_engine(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    compile: bool | Mapping[str, Any] = False,
+) -> Engine:
+    """Read an engine that `Engine.save` wrote. Needs neither the net nor the library its model came from.
+
+    Args:
+        path: the file.
+        device: where to put the engine; the CPU if left out.
+        compile: run the step programs through `torch.compile`; a mapping holds its options.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, foreign, of another version, or calls unknown operators.
+    """
+    engine = Engine(**vars(read_engine(path, device)))
+    return engine.compile(**_compile_options(compile)) if compile else engine
+
+
+def _compile_options(compile: Any) -> dict[str, Any]:
+    """Keyword arguments of `torch.compile`, from the `compile` argument of `compile_engine` and `load_engine`."""
     if not isinstance(compile, (bool, Mapping)):
         expected = "True, False or keyword arguments of torch.compile"
         raise SteppingError(explain("bad option", where="compile", got=compile, expected=expected))
     return dict(compile) if isinstance(compile, Mapping) else {}
 
 
-def _lookup(net: SteppingNet) -> Callable[[str], Tensor]:
+def _lookup(net: NestedNet) -> Callable[[str], Tensor]:
     named = named_tensors(net.model)
     constants = net.analysis.eval_program.constants
     device = next((t.device for t in named.values()), torch.device("cpu"))
@@ -280,7 +274,7 @@ def _lookup(net: SteppingNet) -> Callable[[str], Tensor]:
     return lookup
 
 
-def _watch(net: SteppingNet) -> Callable[[], str | None]:
+def _watch(net: NestedNet) -> Callable[[], str | None]:
     """Says whether levels or weights differ from what they were, without keeping the net alive.
 
     Asked at the start of every session, so it must be quick: tensors are looked up once.

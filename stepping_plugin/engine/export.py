@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from torch import Tensor
 from ..errors import SteppingError, explain, nearest
 from .emit import IMAGE, StepProgram
 from .plan import BatchAxis
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .program_set import ProgramSet
 
 __all__ = ["export_engine"]
 
@@ -32,7 +30,7 @@ _TRACED_BATCH = 3  # 0 and 1 are special to the tracer; no axis that is not the 
 
 
 def export_engine(
-    engine: Engine, folder: str | os.PathLike[str], format: str = "torch", batch_size: int | None = None
+    engine: ProgramSet, folder: str | os.PathLike[str], format: str = "torch", batch_size: int | None = None
 ) -> dict[str, Any]:
     """Write one file per step and `manifest.json`, which is written last.
 
@@ -143,7 +141,7 @@ class _Describer:
 
 
 def _exported(
-    engine: Engine, programs: Sequence[StepProgram], batch_size: int, dynamic: bool
+    engine: ProgramSet, programs: Sequence[StepProgram], batch_size: int, dynamic: bool
 ) -> tuple[list[torch.export.ExportedProgram] | None, list[dict[str, Tensor]]]:
     """All steps through `torch.export`, and the caches before and after each; None if the batch cannot stay open."""
     generator = torch.Generator().manual_seed(0)

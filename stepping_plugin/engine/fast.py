@@ -132,47 +132,66 @@ def _sum_of_products(weight: Tensor, bias: Tensor | None, activation: Activation
     return rows
 
 
+def _of_rows(
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation | None,
+    one_dnn: bool,
+    pieces: int,
+    axis: int,
+    flat: Callable[[Tensor, int], Tensor],
+    unflat: Callable[[Tensor, Tensor], Tensor],
+) -> Function:
+    """A linear layer on one axis, of one tensor or of `pieces` side by side on it.
+
+    Args:
+        axis: of the channels.
+        flat: (x, K) -> rows (M, K).
+        unflat: (rows (M, N), x) -> the result, of x's shape but for the channels.
+    """
+    rows, inputs = _rows(weight, bias, activation, one_dnn), weight.shape[1]
+    apart = _sum_of_products(weight, bias, activation)
+
+    def single(x: Tensor) -> Tensor:
+        return unflat(rows(flat(x, inputs)), x)
+
+    def joined(*parts: Tensor) -> Tensor:
+        if not one_dnn or sum(map(Tensor.numel, parts)) < _MANY_NUMBERS:
+            return single(torch.cat(parts, axis))
+        return unflat(apart([flat(x, x.shape[axis]) for x in parts]), parts[0])
+
+    return single if pieces == 1 else joined
+
+
 def linear(
     weight: Tensor, bias: Tensor | None, activation: Activation | None, one_dnn: bool, pieces: int = 1
 ) -> Function:
     """Linear layer on the last axis, of one tensor or of `pieces` side by side."""
-    rows, (outputs, inputs) = _rows(weight, bias, activation, one_dnn), weight.shape
-    apart = _sum_of_products(weight, bias, activation)
+    outputs = len(weight)
 
-    def linear(x: Tensor) -> Tensor:
-        if x.dim() == 2:
-            return rows(x)
-        return rows(x.reshape(-1, inputs)).view(*x.shape[:-1], outputs)
+    def flat(x: Tensor, inputs: int) -> Tensor:
+        return x if x.dim() == 2 else x.reshape(-1, inputs)
 
-    def joined_linear(*parts: Tensor) -> Tensor:
-        if not one_dnn or sum(map(Tensor.numel, parts)) < _MANY_NUMBERS:
-            return linear(torch.cat(parts, -1))
-        y = apart([x.reshape(-1, x.shape[-1]) for x in parts])
-        return y.view(*parts[0].shape[:-1], outputs)
+    def unflat(y: Tensor, x: Tensor) -> Tensor:
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], outputs)
 
-    return linear if pieces == 1 else joined_linear
+    return _of_rows(weight, bias, activation, one_dnn, pieces, -1, flat, unflat)
 
 
 def pointwise(
     weight: Tensor, bias: Tensor | None, activation: Activation | None, one_dnn: bool, pieces: int = 1
 ) -> Function:
     """Convolution with a 1x1 kernel, given as a weight (N, K), of one image or of `pieces` channel behind channel."""
-    rows, (outputs, inputs) = _rows(weight, bias, activation, one_dnn), weight.shape
-    apart = _sum_of_products(weight, bias, activation)
+    outputs = len(weight)
 
-    def pointwise(x: Tensor) -> Tensor:
+    def flat(x: Tensor, inputs: int) -> Tensor:
+        return x.permute(0, 2, 3, 1).reshape(-1, inputs)
+
+    def unflat(y: Tensor, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        y = rows(x.permute(0, 2, 3, 1).reshape(-1, inputs))
         return y.view(batch, height, width, outputs).permute(0, 3, 1, 2)
 
-    def joined_pointwise(*parts: Tensor) -> Tensor:
-        if not one_dnn or sum(map(Tensor.numel, parts)) < _MANY_NUMBERS:
-            return pointwise(torch.cat(parts, 1))
-        batch, _, height, width = parts[0].shape
-        y = apart([x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in parts])
-        return y.view(batch, height, width, outputs).permute(0, 3, 1, 2)
-
-    return pointwise if pieces == 1 else joined_pointwise
+    return _of_rows(weight, bias, activation, one_dnn, pieces, 1, flat, unflat)
 
 
 # ------------------------------------------------------------------------------------------------- convolutions

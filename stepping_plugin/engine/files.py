@@ -24,11 +24,11 @@ from ..errors import CheckpointError, SteppingError, explain
 from ..graph.rules import RULES
 from ..tensorfile import ENGINE, read_file
 from .emit import IMAGE, SCORES, StepProgram
-from .engine import Engine, compile_options
 from .kernels import KERNELS
 from .plan import BatchAxis
+from .program_set import ProgramSet
 
-__all__ = ["load_engine", "save_engine"]
+__all__ = ["read_engine", "save_engine"]
 
 # Counted up whenever older files would be read wrongly: 2 has a cache per level, and norms keep other statistics.
 VERSION = 2
@@ -87,7 +87,7 @@ def operator_name(target: Any) -> str:
 # ------------------------------------------------------------------------------------------------- writing
 
 
-def save_engine(engine: Engine, path: str | os.PathLike[str]) -> None:
+def save_engine(engine: ProgramSet, path: str | os.PathLike[str]) -> None:
     """Write an engine atomically: the file at `path` is the old one or the complete new one.
 
     Raises:
@@ -171,27 +171,13 @@ def encode(value: Any, numbers: Mapping[fx.Node, int]) -> Any:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def load_engine(
-    path: str | os.PathLike[str],
-    *,
-    device: str | torch.device | None = None,
-    compile: bool | Mapping[str, Any] = False,
-) -> Engine:
-    """Read an engine that `Engine.save` wrote. Needs neither the net nor the library its model came from.
-
-    Args:
-        path: the file.
-        device: where to put the engine; the CPU if left out.
-        compile: run the step programs through `torch.compile`; a mapping holds its options.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, foreign, of another version, or calls unknown operators.
-    """
+def read_engine(path: str | os.PathLike[str], device: str | torch.device | None = None) -> ProgramSet:
+    """Step programs that `save_engine` wrote; arguments and errors as of `engine.load_engine`."""
     path, device = Path(path), torch.device(device or "cpu")
     header, tensors = read_file(path, ENGINE, VERSION)
     try:
         programs = [_Reader(entry, k, tensors, device).program() for k, entry in enumerate(header["programs"], 1)]
-        engine = Engine(
+        engine = ProgramSet(
             programs,
             [_checked(m, int) for m in header["macs"]],
             tuple(_checked(s, int) for s in header["image_size"]),
@@ -204,7 +190,7 @@ def load_engine(
         raise CheckpointError(f"{path}: {error}") from None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: the description of the engine is damaged ({error}).") from None
-    return engine.compile(**compile_options(compile)) if compile else engine
+    return engine
 
 
 def _batch_axis(entry: Any) -> BatchAxis | None:
@@ -314,7 +300,7 @@ class _Reader:
         return {"device": self.device, "layout": torch.strided}[kind]
 
 
-def _check_caches(engine: Engine) -> None:
+def _check_caches(engine: ProgramSet) -> None:
     """Every step finds its caches, gives scores, and the MACs add up."""
     if not engine.programs or len(engine.macs) != engine.num_subnets or len(engine.image_size) != 3:
         raise ValueError("steps, MACs and image size do not fit together")

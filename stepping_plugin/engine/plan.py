@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..graph.operands import VIEWS
 from ..graph.program import Program, call_arg, is_static, op_name, static_value
-from ..nested.module import channel_levels
+from ..units.levels import channel_levels
 from .fold import fold_batch_norms, fold_norm_weights
 
 __all__ = ["BatchAxis", "Plan", "batch_axes", "norm_options", "normalised_axes", "spread"]
@@ -24,7 +24,7 @@ class Plan:
     """A labelled eval program with a level for every unit.
 
     Args:
-        program: annotated eval program (`units.analyse`).
+        program: annotated eval program (`units.analysis.analyse`).
         levels: LongTensor (num_units,), 1..num_subnets, or more for spare units.
         num_subnets: N.
         lookup: gives the tensor of a name (parameter, buffer or constant).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +12,19 @@ from ..errors import SteppingError, explain
 from .emit import IMAGE
 from .plan import BatchAxis
 
-if TYPE_CHECKING:
-    from .engine import Engine
-
 __all__ = ["Session"]
+
+
+class Stepper(Protocol):
+    """What a session asks of the engine that made it."""
+
+    macs: list[int]
+    cache_axes: dict[str, BatchAxis | None]
+
+    @property
+    def num_subnets(self) -> int: ...
+
+    def run_step(self, level: int, caches: dict[str, Tensor]) -> Tensor: ...
 
 
 class Session:
@@ -24,7 +33,7 @@ class Session:
     Reading is safe from other threads while a step runs: results appear at once when the step is done.
     """
 
-    def __init__(self, engine: Engine, images: Tensor) -> None:
+    def __init__(self, engine: Stepper, images: Tensor) -> None:
         self._engine = engine
         self._lock = threading.RLock()
         self._caches: dict[str, Tensor] = {IMAGE: images}

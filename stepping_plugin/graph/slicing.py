@@ -62,7 +62,7 @@ def slice_programs(
     """Sliced programs, and for every tensor that shrinks or grows the slice that makes it.
 
     Args:
-        programs: analysed programs (`units.analyse`), by training flag.
+        programs: analysed programs (`units.analysis.analyse`), by training flag.
         copies: LongTensor (num_units,), copies of every unit. Units left are renumbered in their old order; all copies
             of a unit become units of their own, in the order of `repeat_interleave(copies)`.
     """

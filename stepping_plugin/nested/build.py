@@ -21,7 +21,7 @@ from ..graph.labels import Role
 from ..graph.program import Program, call_arg, op_name
 from ..graph.rules import reduced_axes
 from ..graph.weights import is_direct, weight_key
-from ..units import channel_axis
+from ..units.analysis import channel_axis
 from . import functional
 from .norm import prefix_norm
 

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import SteppingError, explain
+from ..errors import SteppingError, image_shape_error
 from ..graph.labels import Role
 from ..graph.program import named_tensors, op_name
 from ..graph.slicing import ParameterSlice
 from ..graph.weights import is_direct, weight_key
-from ..units import Analysis
+from ..units.analysis import Analysis
+from ..units.levels import channel_levels
 from .build import NestedGraph, build_nested
 
-__all__ = ["NestedModule", "channel_levels", "direct_weights", "sliced_copy"]
+__all__ = ["NestedModule", "direct_weights", "sliced_copy", "weight_layouts"]
 
 # What timm users call on a model and stays meaningful: the classifier and the structure of parameter groups.
 _DELEGATED = (
@@ -83,15 +84,7 @@ class NestedModule(nn.Module):
     def run(self, x: Tensor) -> Tensor:
         """Call the graph of the current mode and update the buffers that it changes (batch counters)."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.analysis.image_size:
-            expected = f"(B, {', '.join(map(str, self.analysis.image_size))})"
-            raise SteppingError(
-                explain(
-                    "wrong image shape",
-                    got=str(tuple(x.shape)),
-                    expected=expected,
-                    action="Resize the images, or convert the model again with example_inputs of the new size.",
-                )
-            )
+            raise image_shape_error(x.shape, self.analysis.image_size)
         if self.training not in self._graphs:
             raise SteppingError("This net holds no graph for train mode: it was made for inference. Call eval() first.")
         graph = self._graphs[self.training]
@@ -121,11 +114,6 @@ class NestedModule(nn.Module):
         if name in _DELEGATED:
             return getattr(super().__getattr__("model"), name)
         return super().__getattr__(name)
-
-
-def channel_levels(levels: Tensor, units: Tensor) -> Tensor:
-    """Level per channel from unit per channel; -1 (always available) is level 1."""
-    return torch.cat([levels, levels.new_ones(1)])[units]  # a small subnet may have no unit at all
 
 
 def weight_layouts(analysis: Analysis) -> dict[str, tuple[tuple[int, ...], bool]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.program import named_tensors
-from ..units import Analysis, restrict
+from ..units.analysis import Analysis, restrict
 from .module import NestedModule, direct_weights, sliced_copy
 
 __all__ = ["Subnet", "extract_subnet"]

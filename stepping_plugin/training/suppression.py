@@ -37,8 +37,9 @@ from torch import Tensor, fx, nn
 from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.graph.labels import Role
 from stepping_plugin.graph.program import named_tensors, op_name, tensor_inputs
-from stepping_plugin.nested.module import channel_levels, direct_weights, weight_layouts
-from stepping_plugin.net import SteppingNet
+from stepping_plugin.nested.module import direct_weights, weight_layouts
+from stepping_plugin.nested.net import NestedNet
+from stepping_plugin.units.levels import channel_levels
 
 __all__ = ["Suppression", "parameter_units"]
 
@@ -70,7 +71,7 @@ class Suppression:
 
     def __init__(
         self,
-        net: SteppingNet,
+        net: NestedNet,
         beta: float = 0.9,
         mode: str = "auto",
         optimizer: torch.optim.Optimizer | None = None,
@@ -162,7 +163,7 @@ def _suitable_mode(optimizer: torch.optim.Optimizer) -> str:
 # --- Unit per parameter element ---
 
 
-def parameter_units(net: SteppingNet) -> dict[str, Tensor]:
+def parameter_units(net: NestedNet) -> dict[str, Tensor]:
     """Unit of every element of every parameter of `net.model`, -1 for level 1.
 
     Returns:
@@ -186,7 +187,7 @@ def parameter_units(net: SteppingNet) -> dict[str, Tensor]:
     return result
 
 
-def _units_by_gradient(net: SteppingNet, unknown: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _units_by_gradient(net: NestedNet, unknown: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Units of parameters that are transformed before they meet units.
 
     For example a resampled position embedding, or a class token repeated over the batch. An element has the

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from stepping_plugin.errors import CheckpointError, SteppingError, explain
-from stepping_plugin.net import SteppingNet
+from stepping_plugin.nested.net import NestedNet
 from stepping_plugin.training.evaluation import AllScores, evaluate
 from stepping_plugin.training.losses import SubnetLoss
 from stepping_plugin.training.suppression import Suppression
@@ -128,14 +128,14 @@ class Trainer:
             net.to(memory_format=torch.channels_last)
         self.teacher = teacher.to(self.device).eval() if teacher is not None else None
         self.criterion = criterion or SubnetLoss(smoothing=config.smoothing)
-        owner = net.model if isinstance(net, SteppingNet) else net  # knows what timm asks a model about
+        owner = net.model if isinstance(net, NestedNet) else net  # knows what timm asks a model about
         self.optimizer = create_optimizer_v2(
             owner, config.opt, config.lr, config.weight_decay, config.momentum, **config.opt_kwargs
         )
         self.scheduler, self.epochs = _schedule(self.optimizer, config, updates_per_epoch)
         self.suppression: Suppression | None = None
         self.subnets: Sequence[int | None] = [None]
-        if isinstance(net, SteppingNet):
+        if isinstance(net, NestedNet):
             assert_same_levels(net)
             self.suppression = Suppression(net, beta, optimizer=self.optimizer)
             self.subnets = range(1, net.num_subnets + 1) if sequential else [None]
@@ -316,7 +316,7 @@ class Trainer:
         self.updates, self.lr = state["updates"], state["lr"]
 
 
-def assert_same_levels(net: SteppingNet) -> None:
+def assert_same_levels(net: NestedNet) -> None:
     """Every process must train the same subnets.
 
     Raises:

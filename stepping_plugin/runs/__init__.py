@@ -1,0 +1,1 @@
+"""A recipe from its data to its report."""

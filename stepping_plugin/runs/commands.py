@@ -1,0 +1,85 @@
+"""Commands about one run: `stepping run`, `validate`, `export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_export", "add_run"]
+
+
+def add_run(commands: Any) -> None:
+    """`stepping run` and `stepping validate`."""
+    run = commands.add_parser("run", help="train, construct, retrain, verify and report, as a recipe says")
+    validate = commands.add_parser("validate", help="check a recipe and show what it would do, without training")
+    for command in (run, validate):
+        command.add_argument("recipe", help="path of a recipe, or name of a shipped one, e.g. digits")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="e.g. retrain.epochs=20 output=runs/mine"
+        )
+    run.add_argument("--fresh", action="store_true", help="discard what an earlier run left in the output folder")
+    run.set_defaults(command=_run)
+    validate.set_defaults(command=_validate)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .pipeline import run_recipe
+    from .recipe import load_recipe
+    from .report import exit_table, results_table
+
+    console = Console(soft_wrap=True)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    folder = Path(recipe.output or Path("runs") / Path(arguments.recipe).stem)
+    data = run_recipe(recipe, folder, fresh=arguments.fresh, say=lambda text: console.print(text, highlight=False))
+    console.print(results_table(data), *data["notes"])
+    console.print(exit_table(data))
+    console.print(f"report: {folder / 'index.html'}   net: {folder / 'net.safetensors'}")
+    return 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..views.summary import human_macs
+    from .pipeline import plan
+    from .recipe import dump_recipe, load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(dump_recipe(recipe))
+    facts = plan(recipe)
+    original, start = human_macs(facts["reference_macs"]), human_macs(facts["start_macs"])
+    title = f"plan: {facts['units']:,} units; original {original}, start {start} MACs"
+    table = Table("subnet", "budget", "MACs (one shot)", "of the original", title=title)
+    for i, (budget, macs) in enumerate(zip(facts["budgets"], facts["macs"]), start=1):
+        table.add_row(str(i), human_macs(budget), human_macs(macs), f"{macs / facts['reference_macs']:.2%}")
+    Console(soft_wrap=True).print(table, *facts["notes"])
+    return 0
+
+
+def add_export(commands: Any) -> None:
+    """`stepping export`."""
+    export = commands.add_parser("export", help="write the step programs of a net as torch.export or ONNX files")
+    export.add_argument("run", metavar="RUN", help="folder of `stepping run`, or a net.safetensors file")
+    export.add_argument("--format", choices=("torch", "onnx"), default="torch", help="kind of files (torch)")
+    export.add_argument("--output", metavar="DIR", help="where to; default: export-FORMAT beside the net")
+    export.add_argument("--batch-size", type=int, help="fix the batch size; default: any")
+    export.set_defaults(command=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ..net import load
+
+    source = Path(arguments.run)
+    if source.is_dir():
+        source = source / "net.safetensors"
+    folder = Path(arguments.output or source.parent / f"export-{arguments.format}")
+    manifest = load(source).deploy().export(folder, arguments.format, arguments.batch_size)
+    for note in manifest["notes"]:
+        print(note)
+    files = ", ".join(step["file"] for step in manifest["steps"])
+    print(f"{folder}: {files}, manifest.json (batch size: {manifest['batch']})")
+    return 0

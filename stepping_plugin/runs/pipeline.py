@@ -1,0 +1,387 @@
+"""A recipe from the data to the report: train the original, construct the subnets, retrain them, verify, save.
+
+Every stage leaves its result in the output folder and is taken from there when the same recipe runs again, so a run
+that was killed continues where it was:
+
+    recipe.yaml             the resolved recipe
+    original.safetensors    weights of the trained original; original/ has its log and checkpoint
+    construction/           log and checkpoint of the construction
+    constructed.safetensors the net before retraining; retrain/ has log and checkpoint
+    net.safetensors         the result, see `stepping_plugin.load`
+    report.json, *.png, index.html
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..construction.config import ConstructionConfig
+from ..construction.flow import Construction
+from ..construction.start import convert, one_shot
+from ..errors import CheckpointError, SteppingError
+from ..integrations.timm.models import named_model
+from ..net import SteppingNet, load
+from ..training.checkpoint import (
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+    seed_generators,
+)
+from ..training.evaluation import evaluate
+from ..training.loop import TrainConfig, fit
+from ..training.trainer import processes
+from ..verify import verify
+from ..views.summary import units_per_level
+from .data import DataBundle, build_data
+from .early_exit import answers_of, early_exit_curve
+from .machine import describe_machine
+from .recipe import dump_recipe
+from .recipe_schema import ModelConfig, Recipe, TeacherConfig
+from .report import write_report
+
+__all__ = ["Run", "plan", "run_recipe"]
+
+SAVE_EVERY = 30.0  # seconds between checkpoints of the construction
+RESULTS = ("recipe.yaml", "original", "original.safetensors", "construction", "constructed.safetensors", "retrain",
+           "net.safetensors", "report.json")  # fmt: skip
+
+
+def run_recipe(
+    recipe: Recipe, folder: str | Path, *, fresh: bool = False, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Run a recipe; returns the report's data (see `report`).
+
+    Args:
+        recipe: from `runs.recipe.load_recipe`.
+        folder: for all results.
+        fresh: discard what an earlier run left in the folder instead of continuing it.
+        say: told what is going on (main process only).
+
+    Raises:
+        SteppingError: data, budgets, model or an earlier run in the folder do not fit.
+    """
+    return Run(recipe, Path(folder), say).everything(fresh)
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe would do, without training: units, MACs and the subnets of a one-shot assignment.
+
+    Returns:
+        reference_macs, start_macs (of the widened network), units, budgets, macs, levels notes.
+    """
+    run = Run(recipe, Path("."), lambda text: None)
+    if recipe.model.net is not None:
+        net = load(recipe.model.net)
+        return {"reference_macs": net.reference_macs, "start_macs": net.macs[-1], "units": net.analysis.num_units,
+                "budgets": net.budgets, "macs": net.macs, "notes": net.notes}  # fmt: skip
+    net = run.start(run.build_model(recipe.model, pretrained=False))
+    start = net.macs[0]
+    planned = one_shot(net, recipe.construction.policy, seed=recipe.seed)
+    return {"reference_macs": net.reference_macs, "start_macs": start, "units": net.analysis.num_units,
+            "budgets": net.budgets, "macs": list(planned.macs), "notes": [*net.notes, *planned.notes]}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One recipe in one folder."""
+
+    recipe: Recipe
+    folder: Path
+    say: Callable[[str], None]
+    seconds: dict[str, float] = field(default_factory=dict)
+    history: dict[str, Any] = field(default_factory=dict)
+    _data: DataBundle | None = None
+    _epochs: int = 0
+
+    def everything(self, fresh: bool) -> dict[str, Any]:
+        self._prepare_folder(fresh)
+        seed_generators(self.recipe.seed)
+        original = None
+        if self.recipe.model.net is not None:
+            net = load(self.recipe.model.net)
+            self._check_classes(net)
+        else:
+            original = self._timed("original", self.train_original)
+            net = self._timed("construction", self.construct, original)
+        accuracies = {"before": self.accuracy(net)}
+        reference = self.accuracy(original)[0] if original is not None else None
+        net = self._timed("retraining", self.retrain, net, original)
+        accuracies["after"] = self.accuracy(net)
+        return self._finish(net, accuracies, reference)
+
+    # --- stages
+
+    def train_original(self) -> nn.Module:
+        """The original network: pretrained, or trained by the recipe, or from an earlier run."""
+        recipe, done = self.recipe, self.folder / "original.safetensors"
+        model = self.build_model(recipe.model, recipe.model.pretrained)
+        if done.is_file():
+            self._say("original: from an earlier run")
+            _load_weights(model, done)
+            return model.eval()
+        if recipe.train.epochs:
+            self._say(f"original: {recipe.model.name}, {recipe.train.epochs} epochs")
+            config = TrainConfig.of(recipe.train, seed=recipe.seed, device=recipe.device)
+            self._epochs = config.epochs
+            log = fit(model, self.loader("train", recipe.train.batch_size), self.validation(recipe.train), config,
+                      checkpoint_dir=self.folder / "original", log=self._log)  # fmt: skip
+            self.history["original"] = log.epochs
+        if self.main:
+            _save_weights(model, done)
+        return model.eval()
+
+    def construct(self, original: nn.Module) -> SteppingNet:
+        """The subnets (Fig. 3), or for the other policies their pattern in one shot."""
+        done = self.folder / "constructed.safetensors"
+        if done.is_file():
+            self._say("construction: from an earlier run")
+            return load(done)
+        net, policy = self.start(original), self.recipe.construction.policy
+        if policy == "steppingnet":
+            net = self._iterate(net)
+        else:
+            net.take(one_shot(net, policy, seed=self.recipe.seed))
+        net = net.eval().compact()
+        if self.main:
+            net.save(done)
+        return net
+
+    def start(self, original: nn.Module) -> SteppingNet:
+        """The network that construction starts from, all units in subnet 1."""
+        config = ConstructionConfig.of(self.recipe.construction)
+        example, arguments = torch.zeros(1, *self.data.input_size), self.recipe.model.kwargs
+        return convert(original, self.recipe.budgets, config, example, arguments=arguments, seed=self.recipe.seed)
+
+    def _iterate(self, net: SteppingNet) -> SteppingNet:
+        config = ConstructionConfig.of(self.recipe.construction)
+        loader = self.loader("train", self.recipe.construction.batch_size, "construction")
+        construction = Construction(net, loader, config, seed=self.recipe.seed, device=self.recipe.device)
+        path = self.folder / "construction" / "state.safetensors"
+        if path.is_file():
+            state = load_checkpoint(path)
+            construction.load_state_dict(state["construction"])
+            restore_random_state(state["random"])
+        self._say(f"construction: {config.flow} flow, iteration {construction.iteration} of {config.iterations}")
+        saved = time.monotonic()
+        for record in construction:
+            self._log(record)
+            if self.main and time.monotonic() - saved > SAVE_EVERY:
+                save_checkpoint(path, {"construction": construction.state_dict(), "random": random_state()})
+                saved = time.monotonic()
+        construction.finish()
+        self.history["construction"] = construction.records
+        return net
+
+    def retrain(self, net: SteppingNet, original: nn.Module | None) -> SteppingNet:
+        """Retraining with distillation (III-B, Eq. 4)."""
+        settings = self.recipe.retrain
+        if not settings.epochs:
+            return net
+        self._say(f"retraining: {settings.epochs} epochs, distillation from: {settings.distill_from}")
+        config = TrainConfig.of(settings, seed=self.recipe.seed, device=self.recipe.device)
+        self._epochs = config.epochs
+        log = fit(
+            net, self.loader("train", settings.batch_size, "retrain"), self.validation(settings), config,
+            teacher=self.teacher(original), gamma=settings.gamma, temperature=settings.temperature,
+            from_largest=settings.distill_from == "largest", subnet_weights=settings.subnet_weights,
+            beta=settings.beta, sequential=settings.updates == "sequential",
+            checkpoint_dir=self.folder / "retrain", log=self._log,
+        )  # fmt: skip
+        self.history["retraining"] = log.epochs
+        return net
+
+    def teacher(self, original: nn.Module | None) -> nn.Module | None:
+        """Who guides the retraining, if anybody does."""
+        settings = self.recipe.retrain
+        if settings.distill_from == "teacher" and settings.teacher is not None:
+            return self.build_model(settings.teacher, settings.teacher.pretrained).eval()
+        if settings.distill_from == "original" and original is None:
+            raise SteppingError(
+                "retrain.distill_from: the original network is not at hand when model.net is given. Name one with "
+                "retrain.distill_from=teacher retrain.teacher.name=..., or use largest or none."
+            )
+        return original if settings.distill_from == "original" else None
+
+    def _finish(self, net: SteppingNet, accuracies: dict[str, list[float]], reference: float | None) -> dict[str, Any]:
+        curve = self._timed("early exit", self.early_exit, net)
+        proof = self._timed("verification", verify, net.cpu())
+        data = report_data(self.recipe, net, accuracies, reference)
+        data.update(early_exit=curve, verify=vars(proof), seconds=self.seconds, history=self.history)
+        if self.main:
+            net.save(self.folder / "net.safetensors")
+            write_report(self.folder, data)
+        return data
+
+    def early_exit(self, net: SteppingNet) -> dict[str, Any]:
+        """Accuracy against average MACs of `engine.predict(until={"max_prob": ...})`, see `runs.early_exit`.
+
+        Where nothing is held out for validation, every second test image is, for this purpose.
+        """
+        engine = net.eval().deploy()
+        test = answers_of(engine, self.loader("test", 256))
+        if self.data.val is self.data.test:
+            held_out, test, where = test[::2], test[1::2], "every other test image"
+        else:
+            held_out, where = answers_of(engine, self.loader("val", 256)), "the validation split"
+        points = early_exit_curve(held_out, test, engine.macs)
+        return {"rule": "max_prob", "thresholds_from": where, "points": points}
+
+    # --- parts
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and speaks."""
+        return processes(self.recipe.device).is_main_process
+
+    @property
+    def data(self) -> DataBundle:
+        """The data set, opened on first use."""
+        if self._data is None:
+            self._data = build_data(self.recipe.data, self.recipe.model.name)
+        return self._data
+
+    def loader(self, part: str, batch_size: int, stage: str = "original") -> Any:
+        """This process's share of the batches; every stage has its own order."""
+        state = processes(self.recipe.device)
+        seed = self.recipe.seed * 3 + ["original", "construction", "retrain"].index(stage)
+        return self.data.loader(part, batch_size, seed=seed, rank=state.process_index, world=state.num_processes)
+
+    def validation(self, settings: Any) -> Any:
+        return self.loader("val", settings.validation_batch_size or settings.batch_size)
+
+    def accuracy(self, net: nn.Module) -> list[float]:
+        """Test accuracy of every subnet."""
+        return evaluate(net, self.loader("test", 256))["accuracy"]
+
+    def build_model(self, config: ModelConfig | TeacherConfig, pretrained: bool) -> nn.Module:
+        """A timm model for the data set."""
+        assert config.name is not None
+        data = self.data
+        own = {"num_classes": data.num_classes, "in_chans": data.in_chans, "pretrained": pretrained}
+        model = named_model(config.name, data.img_size, **{**own, **config.kwargs})
+        if config.checkpoint_path:
+            _load_weights(model, Path(config.checkpoint_path))
+        return model
+
+    def _check_classes(self, net: SteppingNet) -> None:
+        size, classes = self.data.input_size, net.analysis.eval_program.output.meta["shape"][1]
+        if net.analysis.image_size != size or classes != self.data.num_classes:
+            raise SteppingError(
+                f"model.net: the net was made for images {net.analysis.image_size} and {classes} classes, data.name="
+                f"{self.recipe.data.name} has images {size} and {self.data.num_classes} classes."
+            )
+
+    def _prepare_folder(self, fresh: bool) -> None:
+        """Every process checks, the main process writes, all wait for it."""
+        everybody = processes(self.recipe.device)
+        own, written = dump_recipe(self.recipe), self.folder / "recipe.yaml"
+        if fresh and self.main:
+            for name in RESULTS:
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        everybody.wait_for_everyone()
+        if written.is_file() and _comparable(written.read_text()) != _comparable(own):
+            raise CheckpointError(
+                f"{self.folder} holds a run of another recipe (compare its recipe.yaml). Choose another folder with "
+                "output=DIR, or discard that run with --fresh."
+            )
+        everybody.wait_for_everyone()
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            written.write_text(own)
+
+    def _timed(self, stage: str, function: Callable[..., Any], *args: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args)
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        return result
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            self.say(text)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        """About ten lines per stage; everything is in the stage's log."""
+        if "iteration" in record:
+            if _worth_a_line(record["iteration"], self.recipe.construction.iterations):
+                self._say(f"  iteration {record['iteration']}: MACs {record['macs']}, moved {record['moved']}")
+        elif "accuracy" in record and _worth_a_line(record["epoch"], self._epochs):
+            shown = " ".join(f"{100 * a:.1f}" for a in record["accuracy"])
+            self._say(f"  epoch {record['epoch']}: loss {_mean(record['train_loss']):.3f}, accuracy {shown} %")
+
+
+def report_data(
+    recipe: Recipe, net: SteppingNet, accuracies: dict[str, list[float]], reference: float | None
+) -> dict[str, Any]:
+    """The report's data: see `report`."""
+    subnets = [
+        {
+            "subnet": i + 1,
+            "macs": net.macs[i],
+            "share": net.macs[i] / net.reference_macs,
+            "budget": net.budgets[i],
+            "accuracy": accuracies["after"][i],
+            "accuracy_before_retraining": accuracies["before"][i],
+        }
+        for i in range(net.num_subnets)
+    ]
+    layers = [
+        {"name": g.name, "units_per_level": units_per_level(net.levels, g, net.num_subnets)}
+        for g in net.analysis.groups
+    ]
+    return {
+        "title": f"{recipe.model.name or recipe.model.net} on {recipe.data.name}",
+        "original": {"macs": net.reference_macs, "accuracy": reference},
+        "subnets": subnets,
+        "layers": layers,
+        "notes": net.notes,
+        "recipe": dump_recipe(recipe),
+        "seed": recipe.seed,
+        "machine": describe_machine(),
+    }
+
+
+def _worth_a_line(number: int, total: int) -> bool:
+    return number % max(1, total // 10) == 0 or number == total
+
+
+def _mean(values: list[float] | float) -> float:
+    return sum(values) / len(values) if isinstance(values, list) else values
+
+
+def _comparable(text: str) -> str:
+    """A resolved recipe without what may differ between a run and its continuation."""
+    return "\n".join(line for line in text.splitlines() if not line.startswith(("output:", "device:")))
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    tensors: dict[str, Tensor] = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata={"weights": json.dumps({"class": type(model).__qualname__})})
+    partial.replace(path)
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise SteppingError(f"checkpoint_path: no such file: {path}")
+    if path.suffix != ".safetensors":
+        raise SteppingError(
+            f"checkpoint_path: got {path}, expected a .safetensors file: other formats can hold code (pickle). If you "
+            "trust the file, convert it once: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+            "'weights.safetensors')."
+        )
+    try:
+        model.load_state_dict(load_file(path))
+    except Exception as error:
+        raise CheckpointError(f"{path}: not the weights of {type(model).__name__} as built here ({error}).") from None

@@ -1,0 +1,1 @@
+"""Which channels move together, their levels, and what subnets cost."""
