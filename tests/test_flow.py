@@ -246,7 +246,11 @@ def test_copies_are_ranked_lower_but_not_in_the_papers_flow(flow):
     assert int(copies.max()) == 2
     expected = scores if flow == "paper" else discount_copies(scores, copies)
     assert torch.equal(run.ranking(1), expected)
-    for options in ({}, {"expansion": 1.7, "copy_importance": 1.0}, {"expansion": 1.7, "init": "random"}):
+    for options in (
+        {"expansion": 1.0},
+        {"expansion": 1.7, "copy_importance": 1.0},
+        {"expansion": 1.7, "init": "random"},
+    ):
         plain = construction(flow=flow, band=None, importance="random", **options)
         assert torch.equal(plain.ranking(1), plain.importance(1))
 

@@ -266,7 +266,7 @@ def test_levels_make_a_net():
 
 def test_needed_widening():
     analysis, macs, _ = case("test_resnet")
-    assert needed_widening(analysis, macs, parse_budgets([0.2, 0.5], macs.total)) == 1.0
+    assert needed_widening(analysis, macs, parse_budgets([0.2, 0.5], macs.total)) < 1
     factor = needed_widening(analysis, macs, parse_budgets([0.1, 0.3, 0.5, 0.85], macs.total))
     assert 1.1 < factor < 1.25  # widths .316, .632, .864 in a plain chain; its last subnet would need 1.16
 

@@ -106,7 +106,8 @@ class SteppingPruner:
             analysis, scores = _in_blocks(analysis, scores, round_to)
             return analysis
 
-        self.net = convert(model, budgets, ConstructionConfig(), images, adapt=adapt, seed=seed).train(model.training)
+        config = ConstructionConfig(expansion=1.0)
+        self.net = convert(model, budgets, config, images, adapt=adapt, seed=seed).train(model.training)
         plan = one_shot(self.net, policy, scores=scores, seed=seed)
         self._plan, self.budgets = plan.levels, self.net.budgets
         self.notes += self.net.notes + plan.notes

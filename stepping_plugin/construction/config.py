@@ -33,7 +33,8 @@ class ConstructionConfig:
         batches: m, training batches per iteration.
         cooldown_iterations: after the landing, m batches of training for so many times, without moves; the
             learning rate falls to 0. The last moves are learned too, before accuracy is measured.
-        expansion: widen every layer by this factor before construction.
+        expansion: widen every layer by this factor before construction; "auto": by the least one with which the last
+            budget can be used up.
         noise: how unequally the copies of a widened unit share its outgoing weights, see `widening.widen`; 0: equally,
             and copies at one level stay the same unit.
         copy_importance: importance of a second copy as a share of its own, 1: as any unit; see
@@ -58,7 +59,7 @@ class ConstructionConfig:
     iterations: int = 30
     batches: int = 10
     cooldown_iterations: int = 3
-    expansion: float = 1.0
+    expansion: float | str = "auto"
     noise: float = 1.0
     copy_importance: float = COPY
     init: str = "original"
@@ -109,7 +110,7 @@ class ConstructionConfig:
             if not _is_whole(getattr(self, name)) or getattr(self, name) < least
         ]
         ranges = [
-            ("expansion", lambda v: v >= 1, "a number from 1 up"),
+            ("expansion", lambda v: 1 <= v <= 16, "a number from 1 to 16 (times the MACs: its square), or 'auto'"),
             ("noise", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
             ("copy_importance", lambda v: 0 <= v <= 1, "a number from 0 to 1 (as any unit)"),
             ("alpha", lambda v: v > 0, "a number above 0"),
@@ -122,7 +123,9 @@ class ConstructionConfig:
         ]
         for name, fine, expected in ranges:
             value = getattr(self, name)
-            if not (name == "clip_grad" and value is None) and not (_is_number(value) and fine(value)):
+            if (name, value) in (("clip_grad", None), ("expansion", "auto")):
+                continue
+            if not (_is_number(value) and fine(value)):
                 problems.append(f"{name}: got {value!r}, expected {expected}")
         if not self._band_is_fine():
             problems.append(f"band: got {self.band!r}, expected (low, high) with 0 <= low <= 1 <= high, or None")

@@ -22,6 +22,7 @@ from ..units.levels import check_budgets, parse_budgets
 from ..units.macs import MacModel, static_macs
 from ..units.witness import find_units
 from .config import ConstructionConfig
+from .expansion import least_expansion
 from .importance import magnitude_scores
 from .landing import LandingResult, head_units
 from .original import check_model, private_copy, reference_notes
@@ -60,7 +61,8 @@ def convert(
         analysis = adapt(analysis)
     reference = MacModel(analysis).total
     notes = reference_notes(owner, image_size, reference, static)
-    allowed = parse_budgets(budgets, reference, limit=int(reference * config.expansion**2) + 1)
+    factor = 1.0 if config.expansion == "auto" else float(config.expansion)
+    allowed = parse_budgets(budgets, reference, limit=int(reference * factor**2) + 1)
     origin = describe_origin(model, image_size, arguments)
     net = start_network(owner, analysis, allowed, config, reference, origin, seed)
     net.notes = notes + net.notes
@@ -115,15 +117,18 @@ def start_network(
     Raises:
         BudgetError: budgets that cannot be met, or more subnets than can differ.
     """
-    widened = widen(model, analysis, config.expansion, seed, config.noise)
+    factor = least_expansion(analysis, budgets) if config.expansion == "auto" else float(config.expansion)
+    widened = widen(model, analysis, factor, seed, config.noise)
     if config.init == "random":
         reinitialise(widened.model, seed)
     check_budgets(widened.analysis, MacModel(widened.analysis), budgets, reference_macs)
     _check_plugs(widened.analysis, len(budgets))
-    lineage = [widened.copies] if config.expansion > 1 else []
+    lineage = [widened.copies] if factor > 1 else []
     ones = torch.ones(widened.analysis.num_units, dtype=torch.long)
     net = SteppingNet(widened.model, widened.analysis, ones, budgets, reference_macs, origin, lineage)
-    net.notes = list(widened.notes)
+    if config.expansion == "auto" and factor > 1:
+        net.notes.append(f"widened by {factor:g} times, so that budget {len(budgets)} can be used up")
+    net.notes += widened.notes
     return net
 
 

@@ -118,7 +118,7 @@ def uniform_band(
 
 
 def needed_widening(analysis: Analysis, macs_model: MacModel, budgets: Sequence[int]) -> float:
-    """How many times as wide the network would have to be to use the last budget up, at least 1.
+    """How many times as wide the network would have to be to use the last budget up; below 1: it is wide enough.
 
     A nested network costs less than a dense one of the same widths: synapses from larger to smaller subnets
     are missing.
@@ -135,4 +135,4 @@ def needed_widening(analysis: Analysis, macs_model: MacModel, budgets: Sequence[
             low, high = (middle, high) if model.macs(counts, subnet) <= budget else (low, middle)
         counts[:, subnet] = (low - share) * classes.size
         share = low
-    return max(1.0, share)
+    return share

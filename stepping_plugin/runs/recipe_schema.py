@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -188,7 +188,9 @@ class Construction(Optimisation):
     iterations: int = key(30, "N_t of the paper", ge=1)
     batches: int = key(10, "m of the paper: training batches per iteration", ge=0)
     cooldown_iterations: int = key(3, "after the last moves, train m batches so many times at a falling lr", ge=0)
-    expansion: float = key(1.0, "widen every layer by this factor before construction", ge=1)
+    expansion: Annotated[float, Field(ge=1, le=16)] | Literal["auto"] = key(
+        "auto", "widen every layer by this factor before construction; auto: the least one that the budgets need"
+    )
     noise: float = key(1.0, "how unequally copies of a widened unit share its outgoing weights", ge=0, le=1)
     copy_importance: float = key(0.1, "importance of second copies as a share of their own; 1: as any unit", ge=0, le=1)
     init: Literal["original", "random"] = key("original", "weights to start from; original: widened, same function")
