@@ -20,7 +20,7 @@ from .labels import Role
 from .operands import Operands, find_positions
 from .program import Program, add_constant, batch_expression
 
-__all__ = ["ParameterSlice", "repeated_positions", "slice_programs"]
+__all__ = ["ParameterSlice", "repeated_positions", "repeated_units", "slice_programs"]
 
 aten = torch.ops.aten
 
@@ -42,6 +42,20 @@ def repeated_positions(units: Tensor, copies: Tensor) -> Tensor:
     ends = torch.cat([starts[1:], torch.tensor([len(units)])])
     runs = [torch.arange(a, b).repeat(int(count[a])) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
     return torch.cat(runs)
+
+
+def repeated_units(units: Tensor, copies: Tensor) -> Tensor:
+    """New unit per new position: the copy's number is how often the old position has been met before."""
+    positions = repeated_positions(units, copies)
+    old = units[positions]
+    copy = torch.zeros_like(positions)
+    if len(positions) > len(torch.unique(positions)):
+        met: dict[int, int] = {}
+        for place, position in enumerate(positions.tolist()):
+            copy[place] = met.get(position, 0)
+            met[position] = met.get(position, 0) + 1
+    first_copy = torch.cat([torch.zeros(1, dtype=torch.long), copies.cumsum(0)])[:-1]
+    return torch.where(old >= 0, first_copy[old.clamp(min=0)] + copy, -1)
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,6 @@ def take(tensor: Tensor, indices: Sequence[tuple[int, Sequence[int]]]) -> Tensor
 class _Slicer(Operands):
     def __init__(self, program: Program, copies: Tensor) -> None:
         self.program, self.copies = program, copies
-        self.first_copy = torch.cat([torch.zeros(1, dtype=torch.long), copies.cumsum(0)])[:-1]
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.batches: dict[int, fx.Node] = {}
@@ -108,18 +121,6 @@ class _Slicer(Operands):
         if node not in self._positions:
             self._positions[node] = repeated_positions(node.meta["units"], self.copies)
         return self._positions[node]
-
-    def _new_units(self, node: fx.Node) -> Tensor:
-        """New unit per new position: copy number = how often the old position has been met before."""
-        positions = self.positions(node)
-        units = node.meta["units"][positions]
-        copy = torch.zeros_like(positions)
-        if len(positions) > len(torch.unique(positions)):
-            met: dict[int, int] = {}
-            for place, old in enumerate(positions.tolist()):
-                copy[place] = met.get(old, 0)
-                met[old] = met.get(old, 0) + 1
-        return torch.where(units >= 0, self.first_copy[units.clamp(min=0)] + copy, -1)
 
     # -- operands
 
@@ -179,7 +180,7 @@ class _Slicer(Operands):
         if node.meta.get("units") is not None:
             shape = list(node.meta["shape"])
             shape[node.meta["axis"]] = len(self.positions(node))
-            created.meta.update(shape=tuple(shape), units=self._new_units(node))
+            created.meta.update(shape=tuple(shape), units=repeated_units(node.meta["units"], self.copies))
             if node.meta.get("role") == Role.TAPS:
                 created.meta["positions"] = node.meta.get("positions", torch.arange(len(node.meta["units"])))[
                     self.positions(node)

@@ -1,0 +1,191 @@
+"""Ridge regression from sums: many targets on the same inputs, some of which a target may not read.
+
+The sums are taken block by block in float64, so that memory depends on the number of inputs and targets, not on the
+number of samples.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from ..graph.program import call_arg, op_name
+
+__all__ = ["Moments", "Windows"]
+
+BLOCK = 1 << 24  # numbers of one block of inputs
+TINY = 1e-12  # ridge, relative, that keeps a singular system solvable
+
+
+class Moments:
+    """First and second moments of inputs and targets.
+
+    Args:
+        groups: G, systems side by side (groups of a convolution).
+        inputs: D, inputs of one system.
+        targets: P, targets of one system.
+        centred: an intercept is fitted, too: moments are taken around the means.
+    """
+
+    def __init__(self, groups: int, inputs: int, targets: int, centred: bool, device: torch.device) -> None:
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)  # noqa: E731
+        self.rows, self.centred = 0, centred
+        self._xx, self._xt, self._tt = zeros(groups, inputs, inputs), zeros(groups, inputs, targets), zeros(groups, targets)
+        self._x, self._t = zeros(groups, inputs), zeros(groups, targets)
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        """Add samples: inputs (rows, G, D) and targets (rows, G, P).
+
+        Products of one block are taken in the precision of x, and their sums in float64.
+        """
+        x, t = x.movedim(1, 0), t.movedim(1, 0).to(x.dtype)
+        turned = x.transpose(1, 2)
+        self._xx += turned @ x
+        self._xt += turned @ t
+        self._tt += t.square().sum(1, dtype=torch.float64)
+        self._x += x.sum(1, dtype=torch.float64)
+        self._t += t.sum(1, dtype=torch.float64)
+        self.rows += x.shape[1]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite."""
+        return all(bool(s.isfinite().all()) for s in (self._xx.diagonal(dim1=1, dim2=2), self._tt, self._xt))
+
+    @property
+    def input_means(self) -> Tensor:
+        """(G, D)."""
+        return self._x / self.rows
+
+    @property
+    def target_means(self) -> Tensor:
+        """(G, P)."""
+        return self._t / self.rows
+
+    @property
+    def covariance(self) -> Tensor:
+        """Of the inputs, (G, D, D)."""
+        means = self.input_means
+        return self._xx / self.rows - means[:, :, None] * means[:, None, :]
+
+    def solve(self, prior: Tensor, ridge: float, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Weights (G, p, d) of some targets on some inputs that minimise error + ridge * distance from the prior.
+
+        Args:
+            prior: (G, p, d).
+            ridge: relative to the mean square of the inputs.
+            inputs, targets: LongTensors (d,) and (p,), indices.
+        """
+        system = self._xx[:, inputs[:, None], inputs] / self.rows
+        right = self._xt[:, inputs[:, None], targets] / self.rows
+        if self.centred:
+            x, t = self.input_means[:, inputs], self.target_means[:, targets]
+            system = system - x[:, :, None] * x[:, None, :]
+            right = right - x[:, :, None] * t[:, None, :]
+        prior = prior.transpose(1, 2).double()
+        size = system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
+        right = right - system @ prior  # what the prior leaves
+        added = max(ridge, TINY) * size
+        solution = _solve(system, right, added)
+        return (prior + solution).transpose(1, 2)
+
+    def intercept(self, weights: Tensor) -> Tensor:
+        """(G, P) for weights (G, P, D)."""
+        return self.target_means - (weights @ self.input_means[:, :, None]).squeeze(2)
+
+    def error(self, weights: Tensor, intercept: Tensor | None) -> Tensor:
+        """Mean square error of every target (G, P), of weights (G, P, D)."""
+        fit = (weights @ self._xx * weights).sum(2) - 2 * (weights * self._xt.transpose(1, 2)).sum(2)
+        result = (fit + self._tt) / self.rows
+        if intercept is not None:
+            predicted = (weights @ self.input_means[:, :, None]).squeeze(2)
+            result = result + intercept.square() + 2 * intercept * (predicted - self.target_means)
+        return result.clamp(min=0)
+
+
+def _solve(system: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
+    """(system + ridge) x = right for symmetric systems; the pseudo-inverse where rounding makes one indefinite."""
+    system = system + torch.diag_embed(ridge[:, None].expand(-1, system.shape[-1]))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if not bool(failed.any()):
+        return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(system)
+    least = values.amax(1, keepdim=True) * 1e-10
+    inverse = torch.where(values > least, 1 / values.clamp(min=torch.finfo(torch.float64).tiny), 0)
+    return vectors @ (inverse[:, :, None] * (vectors.transpose(1, 2) @ right))
+
+
+class Windows:
+    """What a linear or convolution reads for each of its outputs, as rows of a matrix.
+
+    Args:
+        node: the operator.
+    """
+
+    def __init__(self, node: fx.Node) -> None:
+        name = op_name(node)
+        self.linear = name == "linear"
+        weight: tuple[int, ...] = node.args[1].meta["shape"]  # type: ignore[union-attr]
+        self.groups = 1 if self.linear else call_arg(node, "groups", 1)
+        self.inputs = weight[1]
+        for size in weight[2:]:
+            self.inputs *= size
+        self.targets = weight[0] // self.groups
+        self.supported = self.linear or name in ("conv1d", "conv2d", "conv1d.padding", "conv2d.padding")
+        if self.supported and not self.linear:
+            rank = len(weight) - 2
+            self.kernel = _pair(list(weight[2:]), 1)
+            self.stride = _pair(_spread(call_arg(node, "stride"), rank), 1)
+            self.dilation = _pair(_spread(call_arg(node, "dilation"), rank), 1)
+            self.padding = _padding(call_arg(node, "padding"), rank, self.kernel, self.dilation)
+
+    def blocks(self, x: Tensor, target: Tensor, chosen: Tensor | None = None):  # type: ignore[no-untyped-def]
+        """Pairs of inputs (rows, G, D) and targets (rows, G, P), some samples at a time.
+
+        Args:
+            x, target: input and output of the operator.
+            chosen: positions of every sample to take; all by default.
+        """
+        positions = target.shape[1:-1].numel() if self.linear else target.shape[2:].numel()
+        step = max(1, BLOCK // max(1, positions * self.groups * self.inputs))
+        for start in range(0, len(x), step):
+            rows, wanted = self._rows(x[start : start + step]), self._targets(target[start : start + step])
+            if chosen is not None:
+                rows, wanted = rows.index_select(1, chosen), wanted.index_select(1, chosen)
+            yield (
+                rows.reshape(-1, self.groups, self.inputs),
+                wanted.reshape(-1, self.groups, self.targets),
+            )
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(B, positions, G * D)."""
+        if self.linear:
+            return x.reshape(len(x), -1, self.inputs)
+        x = x.unsqueeze(2) if x.dim() == 3 else x
+        x = F.pad(x, self.padding)
+        return F.unfold(x, self.kernel, dilation=self.dilation, stride=self.stride).transpose(1, 2)
+
+    def _targets(self, target: Tensor) -> Tensor:
+        """(B, positions, G * P)."""
+        if self.linear:
+            return target.reshape(len(target), -1, self.targets)
+        return target.flatten(2).transpose(1, 2)
+
+
+def _spread(value: list[int], rank: int) -> list[int]:
+    return list(value) * rank if len(value) == 1 else list(value)
+
+
+def _pair(value: list[int], filling: int) -> list[int]:
+    return [filling] * (2 - len(value)) + list(value)
+
+
+def _padding(given: str | list[int], rank: int, kernel: list[int], dilation: list[int]) -> list[int]:
+    """Amounts for `torch.nn.functional.pad`: left, right, top, bottom."""
+    if isinstance(given, str):
+        total = [d * (k - 1) if given == "same" else 0 for k, d in zip(kernel, dilation)]
+        pairs = [(t // 2, t - t // 2) for t in total]
+    else:
+        pairs = [(p, p) for p in _pair(_spread(given, rank), 0)]
+    return [*pairs[1], *pairs[0]]
