@@ -17,11 +17,9 @@ from .leastsquares import Windows
 __all__ = ["LayerFit", "NormFit", "plan"]
 
 LARGEST = 8192  # unknowns of one target; the sums of their products take half a gigabyte
-FAINT = 1e-3  # a branch whose scale is smaller than this share of the largest is not made to carry what a sum lacks
 
 _NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 _PASSING = ("dropout", "clone", "alias", "contiguous", "detach")
-_CUTTING = ("relu", "relu6", "clamp_min", "hardtanh")
 
 
 @dataclass
@@ -52,6 +50,16 @@ class LayerFit:
         """Of the channels of its output."""
         return channel_axis(self.node)
 
+    @property
+    def branch(self) -> fx.Node:
+        """The summand of `end` that it leads to."""
+        return next(n for n in self.end.all_input_nodes if n is not self.other)
+
+    @property
+    def cut(self) -> bool:
+        """Whether nothing but ReLUs read `end`: what is below 0 does not matter."""
+        return all(_cuts(user) for user in self.end.users)
+
 
 @dataclass
 class NormFit:
@@ -61,17 +69,26 @@ class NormFit:
     node: fx.Node
     calls: list[fx.Node]
 
+    other = None
+
     @property
     def end(self) -> fx.Node:
         return self.node
 
     @property
-    def other(self) -> None:
-        return None
+    def axis(self) -> int:
+        """Of the channels."""
+        by_channel = op_name(self.node) in ("batch_norm", "group_norm", "instance_norm")
+        return 1 if by_channel else len(self.node.meta["shape"]) - 1
 
     @property
-    def axis(self) -> int:
-        return 1 if op_name(self.node) in ("batch_norm", "group_norm", "instance_norm") else self.node.meta["shape"].__len__() - 1
+    def batch_norm(self) -> bool:
+        return op_name(self.node) == "batch_norm"
+
+    @property
+    def shifts(self) -> bool:
+        """Whether it has a shift besides its factor."""
+        return op_name(self.node) != "rms_norm" and call_arg(self.node, "bias") is not None
 
 
 def plan(program: Program, nested: NestedGraph) -> tuple[list[LayerFit | NormFit], dict[str, str]]:
@@ -214,6 +231,13 @@ class _Planner:
             self.left[name] = "its statistics are not its own"
         else:
             self.fits.append(fit)
+
+
+def _cuts(node: fx.Node) -> bool:
+    """Whether an operator gives the same for everything below 0."""
+    name = op_name(node)
+    least = {"hardtanh": "min_val", "clamp_min": "min", "clamp": "min"}.get(name)
+    return name in ("relu", "relu6") or (least is not None and call_arg(node, least) == 0)
 
 
 def _folded(node: fx.Node) -> bool:

@@ -6,6 +6,8 @@ number of samples.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
@@ -39,14 +41,23 @@ class Moments:
 
         Products of one block are taken in the precision of x, and their sums in float64.
         """
-        x, t = x.movedim(1, 0), t.movedim(1, 0).to(x.dtype)
-        turned = x.transpose(1, 2)
-        self._xx += turned @ x
-        self._xt += turned @ t
-        self._tt += t.square().sum(1, dtype=torch.float64)
+        x = x.movedim(1, 0)
+        self._xx += x.transpose(1, 2) @ x
         self._x += x.sum(1, dtype=torch.float64)
-        self._t += t.sum(1, dtype=torch.float64)
         self.rows += x.shape[1]
+        self._add_targets(x, t.movedim(1, 0).to(x.dtype))
+
+    def replace(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Other targets for the same samples, given as to `add`."""
+        for sums in (self._xt, self._tt, self._t):
+            sums.zero_()
+        for x, t in pairs:
+            self._add_targets(x.movedim(1, 0), t.movedim(1, 0).to(x.dtype))
+
+    def _add_targets(self, x: Tensor, t: Tensor) -> None:
+        self._xt += x.transpose(1, 2) @ t
+        self._tt += t.square().sum(1, dtype=torch.float64)
+        self._t += t.sum(1, dtype=torch.float64)
 
     @property
     def finite(self) -> bool:
@@ -91,17 +102,14 @@ class Moments:
         return (prior + solution).transpose(1, 2)
 
     def intercept(self, weights: Tensor) -> Tensor:
-        """(G, P) for weights (G, P, D)."""
-        return self.target_means - (weights @ self.input_means[:, :, None]).squeeze(2)
+        """(G, P) for weights (G, P, D); 0 where none is fitted."""
+        predicted = (weights @ self.input_means[:, :, None]).squeeze(2)
+        return self.target_means - predicted if self.centred else torch.zeros_like(predicted)
 
-    def error(self, weights: Tensor, intercept: Tensor | None) -> Tensor:
-        """Mean square error of every target (G, P), of weights (G, P, D)."""
+    def error(self, weights: Tensor) -> Tensor:
+        """Mean square error of every target (G, P), of weights (G, P, D) and their intercept."""
         fit = (weights @ self._xx * weights).sum(2) - 2 * (weights * self._xt.transpose(1, 2)).sum(2)
-        result = (fit + self._tt) / self.rows
-        if intercept is not None:
-            predicted = (weights @ self.input_means[:, :, None]).squeeze(2)
-            result = result + intercept.square() + 2 * intercept * (predicted - self.target_means)
-        return result.clamp(min=0)
+        return ((fit + self._tt) / self.rows - self.intercept(weights).square()).clamp(min=0)
 
 
 def _solve(system: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
@@ -140,23 +148,25 @@ class Windows:
             self.dilation = _pair(_spread(call_arg(node, "dilation"), rank), 1)
             self.padding = _padding(call_arg(node, "padding"), rank, self.kernel, self.dilation)
 
-    def blocks(self, x: Tensor, target: Tensor, chosen: Tensor | None = None):  # type: ignore[no-untyped-def]
-        """Pairs of inputs (rows, G, D) and targets (rows, G, P), some samples at a time.
+    def positions(self, target: Tensor) -> int:
+        """Samples in one image of an output."""
+        return target.shape[1:-1].numel() if self.linear else target.shape[2:].numel()
+
+    def blocks(self, x: Tensor, targets: list[Tensor], chosen: Tensor | None = None) -> Iterator[list[Tensor]]:
+        """Inputs (rows, G, D) and values that belong to outputs (rows, G, P), some samples at a time.
 
         Args:
-            x, target: input and output of the operator.
-            chosen: positions of every sample to take; all by default.
+            x: input of the operator.
+            targets: of the shape of its output.
+            chosen: positions of every image to take; all by default.
         """
-        positions = target.shape[1:-1].numel() if self.linear else target.shape[2:].numel()
-        step = max(1, BLOCK // max(1, positions * self.groups * self.inputs))
+        step = max(1, BLOCK // max(1, self.positions(targets[0]) * self.groups * self.inputs))
         for start in range(0, len(x), step):
-            rows, wanted = self._rows(x[start : start + step]), self._targets(target[start : start + step])
+            part = slice(start, start + step)
+            rows = [self._rows(x[part]), *(self._targets(t[part]) for t in targets)]
             if chosen is not None:
-                rows, wanted = rows.index_select(1, chosen), wanted.index_select(1, chosen)
-            yield (
-                rows.reshape(-1, self.groups, self.inputs),
-                wanted.reshape(-1, self.groups, self.targets),
-            )
+                rows = [r.index_select(1, chosen) for r in rows]
+            yield [r.reshape(-1, self.groups, r.shape[-1] // self.groups) for r in rows]
 
     def _rows(self, x: Tensor) -> Tensor:
         """(B, positions, G * D)."""
@@ -169,7 +179,7 @@ class Windows:
     def _targets(self, target: Tensor) -> Tensor:
         """(B, positions, G * P)."""
         if self.linear:
-            return target.reshape(len(target), -1, self.targets)
+            return target.reshape(len(target), -1, target.shape[-1])
         return target.flatten(2).transpose(1, 2)
 
 
