@@ -38,7 +38,9 @@ def fit_classifier(twins: Twins, fit: LayerFit, pairs: list[Pair]) -> None:
     size = PULL * features.square().mean()
     with torch.enable_grad():
         found = [p.clone().requires_grad_() for p in start]
-        search = torch.optim.LBFGS(found, max_iter=STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+        search = torch.optim.LBFGS(
+            found, max_iter=STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-10, tolerance_change=1e-12
+        )
 
         def loss() -> Tensor:
             search.zero_grad()

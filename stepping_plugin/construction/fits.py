@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..graph.labels import Role
 from ..graph.program import Program, call_arg, is_static, op_name, tensor_inputs

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..errors import SteppingError, explain
 from ..graph.labels import Role
-from ..graph.program import call_arg, op_name
+from ..graph.program import call_arg
 from ..nested.module import channel_levels
 from ..units import channel_axis, full_units
 from .fits import LayerFit, NormFit
@@ -84,7 +84,11 @@ def fit_layer(twins: Twins, fit: LayerFit, pairs: list[Pair], ridge: float, gene
     error = moments.error(weights).flatten() * chain.scale.square()
     chain.write(weight, weights, moments)
     return FittedLayer(
-        fit.name, _r2(twins, fit, error, totals), moments.rows, windows.inputs, totals.dead(twins.inherited(fit.end)) if fit.cut else []
+        fit.name,
+        _r2(twins, fit, error, totals),
+        moments.rows,
+        windows.inputs,
+        totals.dead(twins.inherited(fit.end)) if fit.cut else [],
     )
 
 
@@ -158,7 +162,9 @@ class _Totals:
 class _Samples:
     """Inputs and targets of a layer, block by block, the same ones as often as asked for."""
 
-    def __init__(self, twins: Twins, fit: LayerFit, chain: _Chain, pairs: list[Pair], generator: torch.Generator) -> None:
+    def __init__(
+        self, twins: Twins, fit: LayerFit, chain: _Chain, pairs: list[Pair], generator: torch.Generator
+    ) -> None:
         self.twins, self.fit, self.chain, self.pairs, self.generator = twins, fit, chain, pairs, generator
         self.chosen: list[Tensor | None] = []
 
@@ -236,12 +242,12 @@ class _Chain:
         self.faint = multiplier.abs() < FAINT * multiplier.abs().max()
         self.factor, self.offset, self.prior_factor = ones, self.bias, ones.new_ones(1, 1, 1)
         if fit.norm is not None:
-            self._read_norm(twins.parameters(fit.norm, *_BATCH_NORM))
+            self._read_norm(fit.norm)
         multiplier = torch.where(multiplier == 0, 1, multiplier)
         self.scale, self.shift = multiplier * self.factor, multiplier * self.offset
 
-    def _read_norm(self, parameters: list[Tensor]) -> None:
-        factor, self.offset = _norm_line(parameters, call_arg(self.fit.norm, "eps"), self.bias)
+    def _read_norm(self, norm: fx.Node) -> None:
+        factor, self.offset = _norm_line(self.twins.parameters(norm, *_BATCH_NORM), call_arg(norm, "eps"), self.bias)
         least = FLOOR * factor.abs().median().clamp(min=1e-30)
         self.factor = torch.where(factor.abs() < least, least, factor)
         self.prior_factor = (factor / self.factor).reshape(self.fit.windows.groups, -1, 1)
@@ -279,7 +285,7 @@ def _norm_line(parameters: list[Tensor], eps: float, bias: Tensor | float = 0.0)
 
 
 def _set_norm(
-    twins: Twins, norm: Any, factor: Tensor, offset: Tensor, mean: Tensor, variance: Tensor, live: Tensor
+    twins: Twins, norm: fx.Node, factor: Tensor, offset: Tensor, mean: Tensor, variance: Tensor, live: Tensor
 ) -> None:
     """Make a batch norm x -> factor * x + offset, in eval mode and on batches with these statistics."""
     spread = (variance + call_arg(norm, "eps")).sqrt()

@@ -17,7 +17,7 @@ from ..graph.program import call_arg, op_name
 __all__ = ["Moments", "Windows"]
 
 BLOCK = 1 << 24  # numbers of one block of inputs
-TINY = 1e-12  # ridge, relative, that keeps a singular system solvable
+TINY = 1e-10  # ridge, relative, that keeps a singular system solvable
 
 
 class Moments:
@@ -33,7 +33,11 @@ class Moments:
     def __init__(self, groups: int, inputs: int, targets: int, centred: bool, device: torch.device) -> None:
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)  # noqa: E731
         self.rows, self.centred = 0, centred
-        self._xx, self._xt, self._tt = zeros(groups, inputs, inputs), zeros(groups, inputs, targets), zeros(groups, targets)
+        self._xx, self._xt, self._tt = (
+            zeros(groups, inputs, inputs),
+            zeros(groups, inputs, targets),
+            zeros(groups, targets),
+        )
         self._x, self._t = zeros(groups, inputs), zeros(groups, targets)
 
     def add(self, x: Tensor, t: Tensor) -> None:
@@ -174,7 +178,7 @@ class Windows:
             return x.reshape(len(x), -1, self.inputs)
         x = x.unsqueeze(2) if x.dim() == 3 else x
         x = F.pad(x, self.padding)
-        return F.unfold(x, self.kernel, dilation=self.dilation, stride=self.stride).transpose(1, 2)
+        return F.unfold(x, tuple(self.kernel), dilation=tuple(self.dilation), stride=tuple(self.stride)).transpose(1, 2)
 
     def _targets(self, target: Tensor) -> Tensor:
         """(B, positions, G * P)."""

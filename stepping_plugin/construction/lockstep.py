@@ -30,7 +30,9 @@ class Run:
 
     def size(self) -> int:
         """Bytes of all values, each storage once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(self.values.values())}
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(self.values.values())
+        }
         return sum(storages.values())
 
 

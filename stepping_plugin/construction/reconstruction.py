@@ -23,7 +23,7 @@ from ..net import SteppingNet
 from .classifier import fit_classifier
 from .fits import LayerFit, plan
 from .fitting import FittedLayer, fit_layer, fit_norm
-from .twins import Pair, Twins
+from .twins import Twins
 
 __all__ = ["FittedLayer", "Reconstruction", "reconstruct"]
 
@@ -77,7 +77,7 @@ def reconstruct(
     their affine parameters with them, so that the function stays).
 
     Args:
-        net: the net; its parameters and batch norm statistics are overwritten, its levels, masks, dtype and device kept.
+        net: the net; its parameters and batch norm statistics are overwritten, its levels, masks, dtype, device kept.
         original: the model that the net was made from, trained. Not modified.
         images: (P, C, H, W) of the net's image size; or batches of such, or of (images, labels), whose labels are not
             used. A few hundred to a few thousand, normalised as for training.

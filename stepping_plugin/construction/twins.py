@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from ..errors import SteppingError, explain
 from ..graph.labels import Role
 from ..graph.program import call_arg, copy_model, named_tensors
-from ..net import SteppingNet
 from ..nested.module import channel_levels
+from ..net import SteppingNet
 from ..units import Analysis, full_units
 from ..witness import find_units
 from .fits import LayerFit, NormFit
@@ -93,7 +93,8 @@ class Twins:
         output: Any = nodes[-1].args[0]
 
         def read(node: fx.Node) -> Tensor:
-            module, attribute = self.net._slot(*names[node], False)
+            kind, name = names[node]
+            module, attribute = self.net._slot(kind, name, False)
             return getattr(module, attribute).detach()
 
         return Walk(operands_first(output[0], last), inputs[0], read)
