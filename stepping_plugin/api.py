@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .construction.config import ConstructionConfig
 from .construction.flow import Construction
+from .construction.reconstruction import reconstruct
 from .construction.start import convert, one_shot
 from .errors import SteppingError, explain
 from .net import SteppingNet
@@ -23,6 +25,7 @@ def apply_steppingnet(
     *,
     example_inputs: Tensor | None = None,
     train_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+    calibration: Tensor | Iterable[Any] | None = None,
     policy: str = "steppingnet",
     config: ConstructionConfig | None = None,
     device: str | torch.device | None = None,
@@ -38,6 +41,8 @@ def apply_steppingnet(
             of the size in the model's own configuration (timm models have one).
         train_loader: batches of (images, labels) for the construction of the paper (Fig. 3). None: one shot, by the
             magnitude of the weights.
+        calibration: unlabelled images (P, C, H, W), or batches of them, with which the weights are fitted anew, so that
+            the subnets come near the model, see `construction.reconstruction`. None: weights stay as they are.
         policy: "steppingnet"; or, always in one shot, "any-width" (regular pattern) or "random".
         config: knobs of the construction; without `train_loader` only its `expansion` matters (widen the network first,
             without changing its function, so that the largest subnets can use up their budgets).
@@ -60,8 +65,10 @@ def apply_steppingnet(
         net = Construction(net, train_loader, settings, seed=seed, device=where).run()
     else:
         net.take(one_shot(net, policy, seed=seed))
-    net.train(model.training)
-    return net if device is None else net.to(device)
+    net = net.train(model.training) if device is None else net.train(model.training).to(device)
+    if calibration is not None:
+        net.notes += reconstruct(net, model, calibration, seed=seed).notes
+    return net
 
 
 def _settings(config: ConstructionConfig | None) -> ConstructionConfig:

@@ -8,7 +8,7 @@ from nets import image_size, images, make, nested, random_levels, randomise, rel
 from torch import nn
 from torch.nn import functional as F
 
-from stepping_plugin import SteppingError, SteppingNet, verify
+from stepping_plugin import SteppingError, SteppingNet, apply_steppingnet, verify
 from stepping_plugin.construction import fitting
 from stepping_plugin.construction import reconstruction as module
 from stepping_plugin.construction.leastsquares import Moments
@@ -107,6 +107,13 @@ def test_a_widened_and_compacted_net():
     before = errors(net, model, x)
     reconstruct(net, model, x)
     assert all(a < b for a, b in zip(errors(net, model, x), before))
+
+
+def test_one_shot_conversion_with_images():
+    model, x = block(), images(SIZE, batch=64)
+    cut, fitted = (apply_steppingnet(model, [0.3, 0.6], example_inputs=x, calibration=c) for c in (None, x))
+    assert torch.equal(cut.levels, fitted.levels)
+    assert all(a < b for a, b in zip(errors(fitted, model, x), errors(cut, model, x)))
 
 
 # ------------------------------------------------------------------------------------------------- optimality
