@@ -97,7 +97,7 @@ def reconstruct(
     twins = Twins(net, original, fits)
     generator = torch.Generator().manual_seed(seed)
     report = Reconstruction(left_alone=left_alone)
-    allowed = _pictures_allowed(twins, batches[0][:2], limit)
+    allowed = _pictures_allowed(twins, batches[0][:2].clone(), limit)
     pairs = [twins.start(batch) for batch in batches]
     sizes = torch.tensor([len(batch) for batch in batches]).cumsum(0)
     for number, (fit, pictures) in enumerate(zip(twins.fits, allowed), start=1):
