@@ -14,7 +14,7 @@ from stepping_plugin.construction import reconstruction as module
 from stepping_plugin.construction.leastsquares import Moments
 from stepping_plugin.construction.reconstruction import reconstruct
 from stepping_plugin.construction.widening import widen
-from stepping_plugin.units import analyse
+from stepping_plugin.units.analysis import analyse
 
 # batch norm and residual streams; attention; LayerNorm; depthwise and gates; standardised weights; plain
 FAMILIES = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_nfnet", "lenet5"]

@@ -11,7 +11,7 @@ from ..graph.labels import Role
 from ..graph.program import Program, call_arg, is_static, op_name, tensor_inputs
 from ..graph.weights import is_direct
 from ..nested.build import NestedGraph
-from ..units import channel_axis
+from ..units.analysis import channel_axis
 from .leastsquares import Windows
 
 __all__ = ["LayerFit", "NormFit", "plan"]

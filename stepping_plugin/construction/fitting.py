@@ -13,7 +13,7 @@ from ..errors import SteppingError, explain
 from ..graph.labels import Role
 from ..graph.program import call_arg
 from ..nested.module import channel_levels
-from ..units import channel_axis, full_units
+from ..units.analysis import channel_axis, full_units
 from .fits import LayerFit, NormFit
 from .leastsquares import Moments
 from .twins import Pair, Twins

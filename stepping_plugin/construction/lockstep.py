@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ..errors import SteppingError, explain
 from ..graph.program import Program
 from ..graph.slicing import repeated_positions, repeated_units, slice_programs
-from ..units import Analysis
+from ..units.analysis import Analysis
 
 __all__ = ["Run", "Walk", "ancestors", "inherited_positions", "operands_first"]
 

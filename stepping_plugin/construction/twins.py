@@ -13,8 +13,8 @@ from ..graph.labels import Role
 from ..graph.program import call_arg, copy_model, named_tensors
 from ..nested.module import channel_levels
 from ..net import SteppingNet
-from ..units import Analysis, full_units
-from ..witness import find_units
+from ..units.analysis import Analysis, full_units
+from ..units.witness import find_units
 from .fits import LayerFit, NormFit
 from .lockstep import Run, Walk, ancestors, inherited_positions, operands_first
 
