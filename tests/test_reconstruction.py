@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from stepping_plugin import SteppingError, SteppingNet, apply_steppingnet, verify
 from stepping_plugin.construction import fitting
 from stepping_plugin.construction import reconstruction as module
-from stepping_plugin.construction.leastsquares import Moments
+from stepping_plugin.construction.leastsquares import Moments, Solver
 from stepping_plugin.construction.reconstruction import reconstruct
 from stepping_plugin.construction.widening import widen
 from stepping_plugin.units.analysis import analyse
@@ -200,7 +200,7 @@ def test_sums_over_blocks_equal_those_of_all_samples():
     for a, b in zip(x.split(33), t.split(33)):
         parts.add(a, b)
     inputs, targets, prior = torch.tensor([0, 2, 5]), torch.tensor([0, 2]), torch.zeros(2, 2, 3)
-    solved = [m.solve(prior, 0.0, inputs, targets) for m in (parts, whole)]
+    solved = [Solver(m, inputs, 0.0).solve(prior, targets) for m in (parts, whole)]
     torch.testing.assert_close(solved[0], solved[1], rtol=1e-10, atol=1e-12)
     design = torch.cat([x[:, 1, inputs], torch.ones(200, 1, dtype=torch.float64)], 1)
     expected = torch.linalg.lstsq(design, t[:, 1, targets]).solution.t()
@@ -213,7 +213,7 @@ def test_singular_sums_keep_the_prior_where_nothing_is_known():
     moments = Moments(1, 4, 1, False, torch.device("cpu"))
     moments.add(x, 2 * x[:, :, :1])
     prior = torch.tensor([[[0.5, 0.5, 3.0, -3.0]]], dtype=torch.float64)
-    solved = moments.solve(prior, 0.0, torch.arange(4), torch.arange(1))
+    solved = Solver(moments, torch.arange(4), 0.0).solve(prior, torch.arange(1))
     torch.testing.assert_close(solved, torch.tensor([[[1.0, 1.0, 3.0, -3.0]]], dtype=torch.float64), rtol=1e-4, atol=0)
 
 

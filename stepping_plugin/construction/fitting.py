@@ -15,7 +15,7 @@ from ..graph.program import call_arg
 from ..nested.module import channel_levels
 from ..units.analysis import channel_axis, full_units
 from .fits import LayerFit, NormFit
-from .leastsquares import Moments
+from .leastsquares import Moments, Solver
 from .twins import Pair, Twins
 
 __all__ = ["FittedLayer", "fit_layer", "fit_norm"]
@@ -77,10 +77,11 @@ def fit_layer(twins: Twins, fit: LayerFit, pairs: list[Pair], ridge: float, gene
         raise SteppingError(
             explain("not finite", where=fit.name, got="values that overflow", action="Check the original network.")
         )
-    weights = _solve(twins, fit, moments, prior, ridge)
+    solvers = _solvers(twins, fit, moments, ridge)
+    weights = _solve(solvers, prior)
     for _ in range(ROUNDS if fit.cut else 0):
         moments.replace(samples.cut(weights, moments.intercept(weights)))
-        weights = _solve(twins, fit, moments, prior, ridge)
+        weights = _solve(solvers, prior)
     error = moments.error(weights).flatten() * chain.scale.square()
     chain.write(weight, weights, moments)
     return FittedLayer(
@@ -92,23 +93,30 @@ def fit_layer(twins: Twins, fit: LayerFit, pairs: list[Pair], ridge: float, gene
     )
 
 
-def _solve(twins: Twins, fit: LayerFit, moments: Moments, prior: Tensor, ridge: float) -> Tensor:
-    """Weights (G, P, D), 0 at dead synapses; those of spare units stay as they are."""
-    device = prior.device
+def _solvers(twins: Twins, fit: LayerFit, moments: Moments, ridge: float) -> list[tuple[Solver, Tensor]]:
+    """Per level: least squares on the inputs that its targets may read, and those targets."""
+    device = twins.like.device
     if fit.node.meta.get("role") != Role.CHANNELS:
         inputs, targets = (torch.arange(size, device=device) for size in (fit.windows.inputs, fit.windows.targets))
-        return moments.solve(prior, ridge, inputs, targets)
+        return [(Solver(moments, inputs, ridge), targets)]
     source: Any = fit.node.args[0]
     read = channel_levels(twins.levels, full_units(source, channel_axis(source, fit.node))).to(device)
     outputs = twins.out_levels(fit).to(device)
-    result = prior.clone()
+    result = []
     for level in range(1, twins.n + 1):
         targets = (outputs == level).nonzero().flatten()
         inputs = (read <= level).repeat_interleave(fit.windows.inputs // len(read)).nonzero().flatten()
         if len(targets) and len(inputs):
-            result[:, targets] = 0
-            solved = moments.solve(prior[:, targets[:, None], inputs], ridge, inputs, targets)
-            result[:, targets[:, None], inputs] = solved
+            result.append((Solver(moments, inputs, ridge), targets))
+    return result
+
+
+def _solve(solvers: list[tuple[Solver, Tensor]], prior: Tensor) -> Tensor:
+    """Weights (G, P, D), 0 at dead synapses; those of spare units stay as they are."""
+    result = prior.clone()
+    for solver, targets in solvers:
+        result[:, targets] = 0
+        result[:, targets[:, None], solver.inputs] = solver.solve(prior[:, targets[:, None], solver.inputs], targets)
     return result
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..graph.program import call_arg, op_name
 
-__all__ = ["Moments", "Windows"]
+__all__ = ["Moments", "Solver", "Windows"]
 
 BLOCK = 1 << 24  # numbers of one block of inputs
 TINY = 1e-10  # ridge, relative, that keeps a singular system solvable
@@ -84,26 +84,20 @@ class Moments:
         means = self.input_means
         return self._xx / self.rows - means[:, :, None] * means[:, None, :]
 
-    def solve(self, prior: Tensor, ridge: float, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Weights (G, p, d) of some targets on some inputs that minimise error + ridge * distance from the prior.
+    def system(self, inputs: Tensor) -> Tensor:
+        """Matrix of the normal equations for some inputs, (G, d, d)."""
+        matrix = self._xx[:, inputs[:, None], inputs] / self.rows
+        if self.centred:
+            means = self.input_means[:, inputs]
+            matrix -= means[:, :, None] * means[:, None, :]
+        return matrix
 
-        Args:
-            prior: (G, p, d).
-            ridge: relative to the mean square of the inputs.
-            inputs, targets: LongTensors (d,) and (p,), indices.
-        """
-        system = self._xx[:, inputs[:, None], inputs] / self.rows
+    def right_side(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Right side of the normal equations, (G, d, p)."""
         right = self._xt[:, inputs[:, None], targets] / self.rows
         if self.centred:
-            x, t = self.input_means[:, inputs], self.target_means[:, targets]
-            system = system - x[:, :, None] * x[:, None, :]
-            right = right - x[:, :, None] * t[:, None, :]
-        prior = prior.transpose(1, 2).double()
-        size = system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
-        right = right - system @ prior  # what the prior leaves
-        added = max(ridge, TINY) * size
-        solution = _solve(system, right, added)
-        return (prior + solution).transpose(1, 2)
+            right -= self.input_means[:, inputs, None] * self.target_means[:, None, targets]
+        return right
 
     def intercept(self, weights: Tensor) -> Tensor:
         """(G, P) for weights (G, P, D); 0 where none is fitted."""
@@ -116,16 +110,42 @@ class Moments:
         return ((fit + self._tt) / self.rows - self.intercept(weights).square()).clamp(min=0)
 
 
-def _solve(system: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
-    """(system + ridge) x = right for symmetric systems; the pseudo-inverse where rounding makes one indefinite."""
-    system = system + torch.diag_embed(ridge[:, None].expand(-1, system.shape[-1]))
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if not bool(failed.any()):
-        return torch.cholesky_solve(right, factor)
+class Solver:
+    """Least squares on some inputs, factorised once, for targets that may be replaced.
+
+    Args:
+        moments: the sums.
+        inputs: LongTensor (d,), which inputs may be read.
+        ridge: pull towards the prior, relative to the mean square of those inputs.
+    """
+
+    def __init__(self, moments: Moments, inputs: Tensor, ridge: float) -> None:
+        self.moments, self.inputs = moments, inputs
+        system = moments.system(inputs)
+        size = system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
+        system.diagonal(dim1=1, dim2=2).add_(max(ridge, TINY) * size[:, None])
+        self.factor, failed = torch.linalg.cholesky_ex(system)
+        self.inverse = _pseudo_inverse(system) if bool(failed.any()) else None
+
+    def solve(self, prior: Tensor, targets: Tensor) -> Tensor:
+        """Weights (G, p, d) that minimise error + ridge * squared distance from the prior (G, p, d).
+
+        Args:
+            prior: weights to stay near.
+            targets: LongTensor (p,), indices.
+        """
+        prior = prior.transpose(1, 2).double()
+        rest = self.moments.right_side(self.inputs, targets) - self.moments.system(self.inputs) @ prior
+        step = torch.cholesky_solve(rest, self.factor) if self.inverse is None else self.inverse @ rest
+        return (prior + step).transpose(1, 2)
+
+
+def _pseudo_inverse(system: Tensor) -> Tensor:
+    """For a matrix that rounding has made indefinite."""
     values, vectors = torch.linalg.eigh(system)
-    least = values.amax(1, keepdim=True) * 1e-10
-    inverse = torch.where(values > least, 1 / values.clamp(min=torch.finfo(torch.float64).tiny), 0)
-    return vectors @ (inverse[:, :, None] * (vectors.transpose(1, 2) @ right))
+    kept = values > values.amax(1, keepdim=True) * TINY
+    inverse = torch.where(kept, 1 / values.clamp(min=torch.finfo(torch.float64).tiny), 0)
+    return (vectors * inverse[:, None, :]) @ vectors.transpose(1, 2)
 
 
 class Windows:
