@@ -13,7 +13,9 @@ that was killed continues where it was:
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 from ..construction.config import ConstructionConfig
 from ..construction.flow import Construction
+from ..construction.reconstruction import reconstruct
 from ..construction.start import convert, one_shot
 from ..errors import CheckpointError, SteppingError
 from ..integrations.timm.models import named_model
@@ -52,6 +55,7 @@ from .report import write_report
 
 __all__ = ["Run", "plan", "run_recipe"]
 
+RECONSTRUCTION_BATCH = 250
 SAVE_EVERY = 30.0  # seconds between checkpoints of the construction
 RESULTS = ("recipe.yaml", "original", "original.safetensors", "construction", "constructed.safetensors", "retrain",
            "net.safetensors", "report.json")  # fmt: skip
@@ -153,9 +157,23 @@ class Run:
         else:
             net.take(one_shot(net, policy, seed=self.recipe.seed))
         net = net.eval().compact()
+        self._reconstruct(net, original)
         if self.main:
             net.save(done)
         return net
+
+    def _reconstruct(self, net: SteppingNet, original: nn.Module) -> None:
+        """Bring the original's values back as far as the nesting rule allows; all processes see the same pictures."""
+        wanted = self.recipe.construction.reconstruct
+        if not wanted:
+            return
+        self._say(f"reconstruction: least squares on {wanted} training pictures")
+        batches = self.data.loader("train", RECONSTRUCTION_BATCH, seed=self.recipe.seed, rank=0, world=1)
+        images = torch.cat([x for x, _ in itertools.islice(batches, math.ceil(wanted / RECONSTRUCTION_BATCH))])
+        say = lambda text: self._say(f"  {text}")  # noqa: E731
+        found = reconstruct(net, original, images[:wanted], seed=self.recipe.seed, say=say)
+        net.notes += found.notes
+        self.seconds["reconstruction"] = round(found.seconds, 3)
 
     def start(self, original: nn.Module) -> SteppingNet:
         """The network that construction starts from, all units in subnet 1."""

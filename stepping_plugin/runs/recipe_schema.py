@@ -205,6 +205,11 @@ class Construction(Optimisation):
         (0.8, 1.25), "least and greatest width of a layer relative to the uniform pattern; null: free"
     )
     updates: Literal["joint", "sequential"] = key("joint", "one pass for all subnets, or the paper's ascending order")
+    reconstruct: int = key(
+        1000,
+        "training pictures on which least squares brings the original's values back, before retraining; 0: none",
+        ge=0,
+    )
 
     @field_validator("band")
     @classmethod
