@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stepping_plugin.net import load as load
     from stepping_plugin.training.trainer import TrainConfig as TrainConfig
     from stepping_plugin.verify import verify as verify
+    from stepping_plugin.views.inspection import inspect_model as inspect_model
 
 _HOME = {  # public name -> the module that defines it
     "BudgetError": "errors",
@@ -36,6 +37,7 @@ _HOME = {  # public name -> the module that defines it
     "SteppingNet": "net",
     "TrainConfig": "training.trainer",
     "apply_steppingnet": "api",
+    "inspect_model": "views.inspection",
     "load": "net",
     "verify": "verify",
 }

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import CaptureError, CheckpointError
-from .graph.program import copy_model, named_tensors
+from .graph.program import copy_model, named_tensors, unwrap
 from .integrations.timm import models as _paper_networks  # noqa: F401 - registers them
 from .nested.module import sliced_copy
 from .nested.net import NestedNet
@@ -73,6 +73,7 @@ def fingerprint(analysis: Analysis) -> str:
 
 def write_net(net: NestedNet, path: str | os.PathLike[str]) -> None:
     """Write a net atomically: the file at `path` is the old one or the complete new one."""
+    net.check_structure()
     tensors = {f"model.{name}": t.detach().cpu().contiguous() for name, t in _unique(net.model)}
     tensors["levels"] = net.levels
     for k, copies in enumerate(net.lineage):
@@ -122,7 +123,7 @@ def read_net(
 
 def _candidates(header: dict[str, Any], model: nn.Module | None, path: Any) -> Iterator[nn.Module]:
     if model is not None:
-        yield copy_model(model)
+        yield copy_model(unwrap(model))
         return
     origin = header.get("origin", {})
     name = origin.get("timm")
@@ -155,7 +156,8 @@ def _rebuild(kind: type[NetT], model: nn.Module, header: dict[str, Any], tensors
     _take_over(model, {k.removeprefix("model."): v for k, v in tensors.items()}, path)
     net = kind(model, analysis, levels, header["budgets"], header["reference_macs"], header["origin"], lineage)
     net.notes = list(header.get("notes", []))
-    if net.macs != header["macs"]:
+    counted = net.macs_model.subnet_macs(net.levels, net.num_subnets).tolist()  # older files count idle units, too
+    if header["macs"] not in (net.macs, counted):
         raise CheckpointError(f"{path}: the net has MACs {net.macs}, the file says {header['macs']}; it is damaged.")
     return net.eval()
 

@@ -62,7 +62,8 @@ def test_idle_macs_are_those_without_a_gradient():
     levels[subject.analysis.groups[0].units[2:]] = 2  # nobody reads them: the second layer is at level 1
     subject.net.set_levels(levels)
     needed = checks.reached_macs(subject.net, subject.images)
-    assert needed == subject.net.deploy().macs != subject.net.macs
+    assert needed == subject.net.deploy().macs == subject.net.macs
+    assert needed != subject.net.macs_model.subnet_macs(levels, subject.net.num_subnets).tolist()
     subject.net.set_levels(subject.level_vectors()[0])
     assert checks.reached_macs(subject.net, subject.images) == subject.net.deploy().macs == subject.net.macs
 

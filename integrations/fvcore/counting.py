@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stepping_plugin.errors import CaptureError, SteppingError, explain
+from stepping_plugin.integrations.fvcore.einsum import einsum_macs
 
-__all__ = ["Handle", "MacCount", "count_macs", "einsum_macs"]
+__all__ = ["Handle", "MacCount", "count_macs"]
 
 Handle = Callable[[list[Any], list[Any]], int]
 """MACs of one operator from its traced inputs and outputs (``torch._C.Value``), as fvcore wants it."""
@@ -269,56 +270,14 @@ def _recurrent(inputs: list[Any], outputs: list[Any]) -> int:
     return steps * sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 
 
+def _cell(inputs: list[Any], outputs: list[Any]) -> int:
+    """One step of a recurrent cell: x (B, I), state, w_ih (gates * H, I), w_hh (gates * H, H)."""
+    return _shape(inputs[0])[0] * sum(math.prod(_shape(inputs[k])) for k in (2, 3))
+
+
 def _einsum(inputs: list[Any], outputs: list[Any]) -> int:
     path = inputs[2].toIValue() if len(inputs) > 2 else None
     return einsum_macs(inputs[0].toIValue(), [_shape(v) for v in _members(inputs[1])], path)
-
-
-def einsum_macs(equation: str, shapes: Sequence[Sequence[int]], path: Sequence[int] | None = None) -> int:
-    """MACs of ``torch.einsum``, contracting two operands at a time as torch does.
-
-    Each contraction costs the product of the sizes of all labels that take part. A label of one operand alone
-    that is not kept is summed before the product; a pair with nothing to contract is an elementwise product:
-    0 MACs.
-
-    Args:
-        equation: with or without ``->``, ellipsis allowed.
-        shapes: one per operand.
-        path: flat pairs of operand positions (opt_einsum's order); left to right when None.
-
-    >>> einsum_macs("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)])
-    120
-    """
-    terms, output = _einsum_labels(equation, shapes)
-    sizes: dict[str, int] = {}
-    for term, shape in zip(terms, shapes):
-        for label, size in zip(term, shape):
-            sizes[label] = max(size, sizes.get(label, 1))
-    operands, order, total = [set(term) for term in terms], list(path or []), 0
-    while len(operands) > 1:
-        first, second = sorted(order[:2]) if order else (0, 1)
-        order = order[2:]
-        b, a = operands.pop(second), operands.pop(first)
-        kept = output.union(*operands)
-        if (a & b) - kept:
-            total += math.prod(sizes[label] for label in (a & b) | ((a | b) & kept))
-        operands.append((a | b) & kept) if path else operands.insert(0, (a | b) & kept)
-    return total
-
-
-def _einsum_labels(equation: str, shapes: Sequence[Sequence[int]]) -> tuple[list[list[str]], set[str]]:
-    """One label per dimension of every operand, and the labels of the output; digits stand for "..."."""
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    terms = []
-    for term, shape in zip(left.split(","), shapes):
-        head, dots, tail = term.partition("...")
-        hidden = len(shape) - len(head) - len(tail)  # counted from the right: ellipses broadcast
-        terms.append([*head, *(str(hidden - 1 - i) for i in range(hidden if dots else 0)), *tail])
-    seen = Counter(label for term in terms for label in term)
-    hidden_labels = {label for label in seen if label.isdigit()}
-    if not arrow:
-        return terms, {label for label, times in seen.items() if times == 1} | hidden_labels
-    return terms, set(right.replace("...", "")) | (hidden_labels if "..." in right else set())
 
 
 _ATTENTION = "scaled_dot_product_attention"
@@ -349,7 +308,10 @@ _GROUPS: dict[str, dict[str, Handle]] = {
             "_scaled_dot_product_fused_attention_overrideable",
         )
     },
-    "recurrent": {name: _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    "recurrent": {
+        **{name: _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+        **{f"{name}_cell": _cell for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    },
 }
 _HANDLES = {f"aten::{name}": handle for group in _GROUPS.values() for name, handle in group.items()}
 _LABELS = {f"aten::{name}": label for label, group in _GROUPS.items() for name in group}
@@ -375,6 +337,7 @@ _ZERO_COST = re.compile(
     | empty_strided | atleast_[123]d | sort | argsort | topk | kthvalue | median | unique\w* | searchsorted
     | bucketize | histc | nonzero | (sym_)?(size|numel) | dim | Int | Float | Bool | ScalarImplicit | item
     | _local_scalar_dense | is_floating_point | outer | ger | addr | kron | cross | floor_divide
+    | fft_\w+ | view_as_(real|complex)
     """,
     re.VERBOSE,
 )

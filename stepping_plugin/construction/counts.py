@@ -59,7 +59,7 @@ class UnitClasses:
 
 def _refine(labels: Array, analysis: Analysis, macs_model: MacModel) -> Array:
     """Split groups until the units of a class agree in unit cost, anchor sets and channels in every layer."""
-    group_and_cost = np.stack([labels, macs_model.unit_cost.numpy()])
+    group_and_cost = np.stack([labels, macs_model.unit_cost.numpy(), macs_model.dead_ends.numpy()])
     labels = np.unique(group_and_cost, axis=1, return_inverse=True)[1].reshape(-1)
     unused = int(labels.max()) + 1
     layer, unit = macs_model.pair_layer.numpy(), macs_model.pair_unit.numpy()
@@ -88,7 +88,8 @@ def _by_first_use(labels: Array) -> Array:
 class CountModel:
     """`MacModel` over classes. Integers far below 2**53, so float64 is exact and has fast matrix products.
 
-    Counts are arrays (C, columns) whose column s holds the units of level s; column 0 is empty.
+    Counts are arrays (C, columns) whose column s holds the units of level s; column 0 is empty. Dead ends (see
+    `Analysis.dead_ends`) cost nothing above level 1.
     """
 
     def __init__(self, classes: UnitClasses, macs_model: MacModel) -> None:
@@ -101,10 +102,12 @@ class CountModel:
         self.unit_cost = macs_model.unit_cost.numpy()[classes.first_unit].astype(np.float64)
         self.fixed, self.per_level = float(macs_model.fixed), float(macs_model.per_level)
         self.own = (self.per_synapse[:, None] * self.out * self.inputs).sum(0)  # synapses of a unit with itself
+        self.dead = macs_model.dead_ends.numpy()[classes.first_unit]
         self._pairs: Array | None = None
 
     def macs(self, counts: Array, subnet: int) -> float:
         """MACs of one subnet, the smaller ones included. Counts may be fractional."""
+        counts = self._useful(counts)
         out, inputs = self.out @ counts[:, 1 : subnet + 1], self.inputs @ counts[:, 1 : subnet + 1]
         out[:, 0] += self.free_out
         inputs[:, 0] += self.free_in
@@ -113,22 +116,31 @@ class CountModel:
             synapses + self.unit_cost @ counts[:, 1 : subnet + 1].sum(1) + self.fixed + subnet * self.per_level
         )
 
+    def _useful(self, counts: Array) -> Array:
+        """Counts without the units that nothing can read at their level."""
+        if not self.dead.any():
+            return counts
+        counts = counts.copy()
+        counts[self.dead, 2:] = 0
+        return counts
+
     def _partners(self, counts: Array, subnet: int) -> Array:
         """MACs between one more unit of a class at level `subnet` and what is there, (C,).
 
         It reads all levels up to its own and is read by its own level.
         """
+        counts = self._useful(counts)
         read = self.inputs @ counts[:, 1 : subnet + 1].sum(1) + self.free_in
         reading = self.out @ counts[:, subnet] + (self.free_out if subnet == 1 else 0)
         return (self.per_synapse * read) @ self.out + (self.per_synapse * reading) @ self.inputs + self.unit_cost
 
     def added(self, counts: Array, subnet: int) -> Array:
         """MACs that subnet `subnet` gains by one unit of a higher level, per class (C,)."""
-        return self._partners(counts, subnet) + self.own
+        return np.where(self.dead & (subnet > 1), 0.0, self._partners(counts, subnet) + self.own)
 
     def saved(self, counts: Array, subnet: int) -> Array:
         """MACs that subnet `subnet` loses if a unit of exactly its level leaves it, per class (C,)."""
-        return self._partners(counts, subnet) - self.own
+        return np.where(self.dead & (subnet > 1), 0.0, self._partners(counts, subnet) - self.own)
 
     def pairs(self) -> Array:
         """MACs between a unit of class a and one of class b at the same level, both directions, (C, C)."""

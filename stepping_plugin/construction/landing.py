@@ -246,6 +246,15 @@ class Planner:
             above = self._ranked((self.unit_levels > subnet) & (self.classes.width[self.classes.of_unit] == width))
             self._move(above[np.argmax(self.scores[above])][None], subnet)
 
+    def reserve(self, subnet: int) -> None:
+        """Leave every larger subnet a unit that the classifier reads, where budgets alone would leave it none."""
+        head = self.read_by_head[self.classes.width[self.classes.of_unit]]
+        missing = self.n - subnet - int((head & (self.unit_levels > subnet)).sum())
+        own = np.flatnonzero(head & (self.unit_levels == subnet) & ~self.locked)
+        leave = min(missing, len(own) - int(subnet > 1))
+        if leave > 0:
+            self._move(own[np.argsort(self.scores[own], kind="stable")[:leave]], subnet + 1)
+
     # -- helpers
 
     def _class_has(self, mask: Array) -> Array:
@@ -332,7 +341,7 @@ def _around(planner: Planner, band: Band) -> Band:
 
 def result_of(planner: Planner, analysis: Analysis, macs_model: MacModel, notes: list[str]) -> LandingResult:
     """The planner's levels with their MACs, and notes on plugs."""
-    levels = planner.levels
+    levels = torch.where(analysis.dead_ends & (planner.levels > 1), planner.n + 1, planner.levels)
     for plug in find_plugs(analysis, levels, planner.n):
         notes.append(
             f"subnet {plug.subnet} gives the scores of subnet {plug.subnet - 1}: the classifier reads no "
@@ -344,6 +353,7 @@ def result_of(planner: Planner, analysis: Analysis, macs_model: MacModel, notes:
 def settle(planner: Planner, subnet: int, budget: int) -> list[str]:
     """Bring one subnet onto its budget, the smaller ones being settled; returns notes about it."""
     planner.seed(subnet)
+    planner.reserve(subnet)
     if not any(planner.thin(subnet, budget, tier) for tier in TIERS):
         cost = planner.macs(subnet)
         raise BudgetError(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CaptureError, SteppingError, explain
-from ..graph.program import copy_model
+from ..graph.images import image_size_of
+from ..graph.program import copy_model, random_operators
 from ..integrations.fvcore import count_macs
+from ..units.analysis import Analysis
 
-__all__ = ["check_model", "private_copy", "reference_notes"]
+__all__ = ["check_model", "private_copy", "reference_notes", "structure_notes"]
 
 
 def check_model(model: nn.Module, example_inputs: Any) -> tuple[int, ...]:
@@ -20,42 +22,9 @@ def check_model(model: nn.Module, example_inputs: Any) -> tuple[int, ...]:
     Raises:
         SteppingError: not a module, no weights, half precision, no or a wrong example.
     """
-    image_size = _image_size(model, example_inputs)
+    image_size = image_size_of(model, example_inputs)
     _check_precision(model)
     return image_size
-
-
-def _image_size(model: Any, example_inputs: Any) -> tuple[int, ...]:
-    if not isinstance(model, nn.Module):
-        raise SteppingError(
-            explain("not a model", where="model", got=type(model).__name__, expected="a torch.nn.Module")
-        )
-    if isinstance(example_inputs, (tuple, list)) and len(example_inputs) == 1:
-        example_inputs = example_inputs[0]
-    if example_inputs is not None:
-        if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4:
-            got = (
-                str(tuple(example_inputs.shape))
-                if isinstance(example_inputs, Tensor)
-                else type(example_inputs).__name__
-            )
-            raise SteppingError(
-                explain(
-                    "wrong shape",
-                    where="example_inputs",
-                    got=got,
-                    expected="one Tensor of images (B, C, H, W)",
-                )
-            )
-        return tuple(example_inputs.shape[1:])
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    size = config.get("input_size") if hasattr(config, "get") else None
-    if not size:
-        raise SteppingError(
-            f"example_inputs: {type(model).__name__} does not say which image size it takes. Pass example_inputs, for "
-            "example torch.zeros(1, 3, 224, 224)."
-        )
-    return tuple(size)
 
 
 def _check_precision(model: nn.Module) -> None:
@@ -113,3 +82,20 @@ def reference_notes(model: nn.Module, image_size: tuple[int, ...], expected: int
     if static:
         return [f"{static:,} MACs depend on parameters only; they are computed once and count in no subnet."]
     return []
+
+
+def structure_notes(analysis: Analysis) -> list[str]:
+    """What users should know about a model before they trust its figures."""
+    notes = []
+    if drawn := random_operators(analysis.eval_program):
+        notes.append(
+            f"The model draws random numbers in eval mode ({', '.join(drawn)}): its scores, and those of its subnets, "
+            "differ from call to call, and a standalone subnet draws others than the net."
+        )
+    if bool(analysis.dead_ends.any()):
+        groups = [g.name for g in analysis.groups if bool(analysis.dead_ends[g.units].any())]
+        notes.append(
+            f"Only pinned channels read {int(analysis.dead_ends.sum())} units of {', '.join(groups[:3])}: they are in "
+            f"subnet 1 or in none. Pinned are {analysis.why_pinned(1)}."
+        )
+    return notes

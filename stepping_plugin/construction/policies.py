@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import BudgetError, SteppingError, nearest
 from ..units.analysis import Analysis
-from ..units.levels import check_budgets, check_scores, locked_units
+from ..units.levels import check_budgets, check_scores, locked_units, pins_sentence
 from ..units.macs import MacModel
 from .counts import UnitClasses
 from .importance import discount_copies
@@ -95,7 +95,7 @@ def _refuse_plugs(analysis: Analysis, budgets: list[int], result: LandingResult)
     if not plug.groups:
         raise BudgetError(
             "Every channel that the classifier reads is pinned to level 1, so all subnets would give the "
-            "same scores. Use one budget, or see the pins of this model (stepping inspect)."
+            f"same scores. Use one budget.{pins_sentence(analysis)}"
         )
     raise BudgetError(
         f"Subnets {plug.subnet - 1} and {plug.subnet} would give the same scores: budget {plug.subnet} "

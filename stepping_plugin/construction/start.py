@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BudgetError, SteppingError
+from ..graph.program import unwrap
 from ..net import SteppingNet
 from ..serialization import describe_origin
 from ..training.loader import EpochLoader
 from ..training.trainer import Batch
 from ..units.analysis import Analysis
-from ..units.levels import check_budgets, parse_budgets
+from ..units.levels import check_budgets, parse_budgets, pins_sentence
 from ..units.macs import MacModel, static_macs
 from ..units.witness import find_units
 from .config import ConstructionConfig
 from .expansion import least_expansion
 from .importance import magnitude_scores
 from .landing import LandingResult, head_units
-from .original import check_model, private_copy, reference_notes
+from .original import check_model, private_copy, reference_notes, structure_notes
 from .policies import assign
 from .widening import reinitialise, widen
 
@@ -54,13 +55,14 @@ def convert(
         BudgetError, CaptureError, SteppingError: see `apply_steppingnet`.
     """
     image_size = check_model(model, example_inputs)
+    model = unwrap(model)
     owner = private_copy(model)
     analysis = find_units(owner, image_size)
     static = static_macs(analysis.eval_program)
     if adapt is not None:
         analysis = adapt(analysis)
     reference = MacModel(analysis).total
-    notes = reference_notes(owner, image_size, reference, static)
+    notes = reference_notes(owner, image_size, reference, static) + structure_notes(analysis)
     factor = 1.0 if config.expansion == "auto" else float(config.expansion)
     allowed = parse_budgets(budgets, reference, limit=int(reference * factor**2) + 1)
     origin = describe_origin(model, image_size, arguments)
@@ -139,7 +141,7 @@ def _check_plugs(analysis: Analysis, n: int) -> None:
         layer = analysis.layers[-1].name
         raise BudgetError(
             f"{layer}: the classifier reads {read} units that may move, its other inputs are pinned to level 1, so "
-            f"{n} subnets cannot all differ. Use at most {read + 1} budgets; `stepping inspect` shows the pins."
+            f"{n} subnets cannot all differ. Use at most {read + 1} budgets.{pins_sentence(analysis)}"
         )
 
 

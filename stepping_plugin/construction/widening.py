@@ -118,7 +118,7 @@ def _statistics_sets(analysis: Analysis) -> list[tuple[Tensor, bool]]:
             name = op_name(node)
             if name in ("amax", "amin"):
                 continue  # a copy changes no extreme
-            whole = bool((units >= 0).all()) and name != "linalg_vector_norm"
+            whole = bool((units >= 0).all()) and name not in ("linalg_vector_norm", "sum.dim_IntList")
             if name == "var.correction":
                 whole = whole and call_arg(node, "correction") == 0
             found.append((set(units[units >= 0].tolist()), whole))

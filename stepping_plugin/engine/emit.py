@@ -265,7 +265,7 @@ class _Step(StepGraph):
             return self._general(node) if self.level == 1 else self._unchanged(node)
         kind, axes = op_name(node), reduced_axes(node)
         keepdim = len(node.meta["shape"]) == len(source.meta["shape"])
-        reduce = {"mean.dim": self._sum, "amax": self._extreme, "amin": self._extreme,
+        reduce = {"mean.dim": self._sum, "sum.dim_IntList": self._sum, "amax": self._extreme, "amin": self._extreme,
                   "linalg_vector_norm": self._sum, "var.correction": self._variance}[kind]  # fmt: skip
         return reduce(node, source, axes, keepdim)
 
@@ -292,6 +292,8 @@ class _Step(StepGraph):
             total = self.cache(name, node)
         if is_norm:
             return self.call(aten.sqrt.default, total)
+        if op_name(node) == "sum.dim_IntList":
+            return total
         return self.call(aten.div.Scalar, total, self._count(source, axes, self.level))
 
     def _extreme(self, node: fx.Node, source: fx.Node, axes: list[int], keepdim: bool) -> fx.Node:

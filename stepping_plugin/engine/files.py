@@ -54,13 +54,11 @@ def find_operator(name: str) -> Callable[..., Any] | None:
         return KERNELS.get(rest)
     if space != "aten":
         return _PYTHON.get(name)
-    if rest not in _FURTHER and rest not in RULES:
-        return None
     base, _, overload = rest.partition(".")
     found = getattr(getattr(torch.ops.aten, base, None), overload or "default", None)
     if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable:
         return None
-    return found
+    return found if rest in _FURTHER or rest in RULES or torch.Tag.pointwise in found.tags else None
 
 
 def operator_name(target: Any) -> str:

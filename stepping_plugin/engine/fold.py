@@ -31,7 +31,7 @@ def fold_batch_norms(program: Program) -> Program:
     for node in list(graph.nodes):
         if node.op != "call_function" or is_static(node):
             continue
-        if op_name(node) in _IDENTITIES and node is not folded.output:
+        if _passes_on(node) and node is not folded.output:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
         elif op_name(node) == "batch_norm":
@@ -42,16 +42,13 @@ def fold_batch_norms(program: Program) -> Program:
     return folded
 
 
-_IDENTITIES = {
-    "alias",
-    "detach",
-    "clone",
-    "contiguous",
-    "lift_fresh_copy",
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
-}
+_IDENTITIES = {"alias", "detach", "clone", "contiguous", "lift_fresh_copy"}
+_DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+
+
+def _passes_on(node: fx.Node) -> bool:
+    """Whether an operator returns its input. Dropout does, unless the model draws random numbers in eval mode, too."""
+    return op_name(node) in _IDENTITIES or (op_name(node) in _DROPOUTS and not call_arg(node, "train"))
 
 
 def _can_absorb(source: Any) -> bool:

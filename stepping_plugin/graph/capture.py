@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CaptureError, explain
+from .batch import BATCH, depends_on_batch, takes_part_of_batch
 from .decompositions import DECOMPOSITIONS
-from .diagnosis import capture_failure, refuse_data_dependence
+from .diagnosis import capture_failure, changed_parameter, part_of_batch, refuse_data_dependence
 from .peephole import fuse_shuffles
 from .program import (
     Program,
     batch_expression,
     call_arg,
     flat_nodes,
+    is_random,
     is_static,
     named_tensors,
     op_name,
@@ -33,7 +35,6 @@ from .program import (
 __all__ = ["BATCH", "capture"]
 
 aten = torch.ops.aten
-BATCH = 1009
 
 
 def capture(model: nn.Module, image_size: tuple[int, ...], training: bool = False) -> Program:
@@ -53,9 +54,17 @@ def capture(model: nn.Module, image_size: tuple[int, ...], training: bool = Fals
     for module, flag in modes.items():  # a part that the user froze stays frozen in train mode
         if training and modes[model]:
             module.training = flag
+    parameters = {m: dict(m._parameters) for m in modes}
+    values = {p: p.data for own in parameters.values() for p in own.values() if p is not None}
     try:
         exported = _export(model, image_size)
+    except CaptureError:
+        for parameter, value in values.items():  # a forward that assigns to them left the tracer's
+            parameter.data = value
+        raise
     finally:
+        for module, own in parameters.items():
+            module._parameters.update(own)
         model.train()  # drops the tracer's fake tensors
         for module, flag in modes.items():
             module.training = flag
@@ -82,12 +91,7 @@ _FIRST_OUTPUT: dict[str, Callable[..., Tensor]] = {
     "adaptive_max_pool2d": torch.nn.functional.adaptive_max_pool2d,
     "adaptive_max_pool1d": torch.nn.functional.adaptive_max_pool1d,
 }
-_BATCH_NORMS = {
-    "_native_batch_norm_legit_no_training",
-    "_native_batch_norm_legit_functional",
-    "_native_batch_norm_legit.no_stats",
-    "_native_batch_norm_legit",
-}
+_BATCH_NORMS = {f"_native_batch_norm_legit{kind}" for kind in ("", "_no_training", "_functional", ".no_stats")}
 # Tensors made from a size: those of a batch-dependent size are made beside the image, on its device.
 _FACTORIES = {
     "zeros": aten.new_zeros.default,
@@ -198,6 +202,8 @@ class _Canonicaliser:
         results = []
         kept_mutations = []
         for out in node.args[0]:
+            if isinstance(out, fx.Node) and out.name in signature.parameters_to_mutate:
+                raise changed_parameter(self.model, signature.parameters_to_mutate[out.name], out)
             if isinstance(out, fx.Node) and out.name in mutated:
                 if out not in self.running_stats:
                     kept_mutations.append((mutated[out.name], self.values[out]))
@@ -224,6 +230,8 @@ class _Canonicaliser:
         name = op_name(node)
         if name in _CHECKS:
             return
+        if takes_part_of_batch(node) and self._reads_image(node.args[0]):
+            raise part_of_batch(self.model, node)
         if node.target is operator.getitem:
             self._getitem(node)
         elif name in _BATCH_NORMS:
@@ -242,7 +250,7 @@ class _Canonicaliser:
             self.values[node] = self.values[node.args[1]]  # what an assignment to a slice leaves
         elif name == "scaled_dot_product_attention" and _has_one_head(node):
             self.values[node] = self._attention_of_one_head(node)
-        elif name in _FACTORIES and _depends_on_batch(node.args):
+        elif name in _FACTORIES and depends_on_batch(node.args):
             args, kwargs = self._arguments(node)
             kwargs.pop("device", None)
             self.values[node] = self._emit(_FACTORIES[name], (self.program.image, *args), kwargs, node)
@@ -255,6 +263,18 @@ class _Canonicaliser:
             target = aten.reshape.default if name in ("view", "_unsafe_view") else node.target
             self.values[node] = self._emit(target, args, kwargs, node)
         # what is left has several outputs and is written when an output is taken
+
+    def _reads_image(self, node: fx.Node) -> bool:
+        """Whether a tensor depends on the pictures, not only on how many they are."""
+        pending, seen = [node], {node}
+        while pending:
+            current = pending.pop()
+            if self.values.get(current) is self.program.image:
+                return True
+            new = [n for n in current.all_input_nodes if n not in seen]
+            seen.update(new)
+            pending.extend(new)
+        return False
 
     def _attention_of_one_head(self, node: fx.Node) -> fx.Node:
         """Attention as two products: with one head, queries and keys are one unit, but values may still move."""
@@ -281,7 +301,7 @@ class _Canonicaliser:
             seen.update(new)
             pending.extend(new)
         named = [n.meta.get("tensor") in self.own for n in seen if n.op == "placeholder"]
-        return matrix.meta["val"].dim() == 2 and bool(named) and all(named) and not any(map(_is_random, seen))
+        return matrix.meta["val"].dim() == 2 and bool(named) and all(named) and not any(map(is_random, seen))
 
     def _linear(self, node: fx.Node) -> fx.Node:
         """A product with a matrix (I, O) as a linear layer. What turned a parameter (O, I) is left out."""
@@ -313,6 +333,8 @@ class _Canonicaliser:
                 self.values[node] = self.values[source]
             else:
                 self.running_stats.add(node)
+                if index in (3, 4) and len(source.args) > 4:  # updated in place: what a second call reads, too
+                    self.values[node] = self.values[source.args[index]]
         elif name in _FIRST_OUTPUT or name == "native_dropout":
             if index == 0:
                 self.values[node] = self.values[source]
@@ -326,7 +348,8 @@ class _Canonicaliser:
             dim = call_arg(source, "dim", 0) % x.meta["val"].dim()
             sizes = [v.shape[dim] for v in source.meta["val"]]
             start = sum(sizes[:index])
-            return self._emit(aten.slice.Tensor, (self.values[x], dim, start, start + sizes[index]), {}, node)
+            bounds = self._convert([start, start + sizes[index]])
+            return self._emit(aten.slice.Tensor, (self.values[x], dim, *bounds), {}, node)
         if name == "unbind.int":
             dim = call_arg(source, "dim", 0) % x.meta["val"].dim()
             return self._emit(aten.select.int, (self.values[x], dim, index), {}, node)
@@ -374,7 +397,7 @@ class _Canonicaliser:
         if isinstance(value, (list, tuple)):
             converted = [self._convert(v) for v in value]
             return converted if isinstance(value, list) else tuple(converted)
-        if isinstance(value, int) and _depends_on_batch(value):
+        if isinstance(value, int) and depends_on_batch(value):
             return batch_expression(self.graph, self.program.image, self.batches, value // BATCH)
         return value
 
@@ -395,12 +418,6 @@ class _Canonicaliser:
         created.meta["code"] = origin.meta.get("stack_trace", "")
 
 
-def _depends_on_batch(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_depends_on_batch(v) for v in value)
-    return isinstance(value, int) and not isinstance(value, bool) and value != 0 and value % BATCH == 0
-
-
 def _has_one_head(node: fx.Node) -> bool:
     """Whether an attention has one head and no mask that would need more than an addition."""
     query, mask = node.args[0].meta["val"], call_arg(node, "attn_mask")
@@ -418,10 +435,6 @@ def _first(node: fx.Node) -> tuple[fx.Node, Tensor]:
     return node, node.meta["val"][0]
 
 
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
 def _mark_static(program: Program) -> None:
     """Mark nodes that depend on parameters only. Random operators are not static."""
     for node in program.graph.nodes:
@@ -429,6 +442,6 @@ def _mark_static(program: Program) -> None:
             node.meta["static"] = node is not program.image
         elif node.op == "call_function":
             inputs = list(flat_nodes((node.args, tuple(node.kwargs.values()))))
-            random = _is_random(node)
+            random = is_random(node)
             made_of_batch = any("batch" in n.meta for n in inputs)
             node.meta["static"] = not random and not made_of_batch and all(n.meta.get("static") for n in inputs)

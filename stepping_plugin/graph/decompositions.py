@@ -127,12 +127,37 @@ def _one_direction(
     return torch.stack(outputs[::-1] if backwards else outputs, time), state
 
 
+def single_step(cell: Cell, gates: int) -> Callable[..., Any]:
+    """`aten.lstm_cell`, `aten.gru_cell`, `aten.rnn_*_cell`: one time step (B, I) with the state of the user's loop."""
+
+    def step(
+        x: Tensor,
+        hx: Any,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Any:
+        from_inputs = F.linear(x, w_ih, b_ih)
+        nothing = torch.zeros_like(_gates(from_inputs, gates)[0])
+        state = [s + nothing for s in ([hx] if isinstance(hx, Tensor) else hx)]
+        result = cell(from_inputs, state, lambda h: F.linear(h, w_hh, b_hh))
+        return result[0] if isinstance(hx, Tensor) else tuple(result)
+
+    return step
+
+
 def einsum(equation: str, operands: Sequence[Tensor], *, path: Any = None) -> Tensor:
     """`aten.einsum` of two operands as one `matmul`; anything else stays an einsum.
 
     Axes of the first operand alone stay axes of the product, so that units on one of them stay on it.
     """
     terms, _, result = equation.replace(" ", "").partition("->")
+    if len(operands) == 1 and result and "." not in equation and len(set(terms)) == len(terms):
+        summed = [k for k, letter in enumerate(terms) if letter not in result]
+        kept = [letter for letter in terms if letter in result]
+        total = operands[0].sum(summed) if summed else operands[0]
+        return total.permute([kept.index(letter) for letter in result])
     if len(operands) != 2 or not result or any(len(set(t)) < len(t) or "." in t for t in (*terms.split(","), result)):
         return NotImplemented
     first, second = terms.split(",")
@@ -205,6 +230,31 @@ def deviation(
     return torch.var(x, dim, correction=1 if correction is None else correction, keepdim=keepdim).sqrt()
 
 
+def vector_norm(
+    x: Tensor,
+    ord: float = 2,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`aten.linalg_vector_norm` as a sum or an extreme; the L2 norm has a rule of its own."""
+    if ord in (0, 2) or dtype is not None:
+        return NotImplemented
+    axes = list(range(x.dim())) if dim is None else list(dim)
+    size = x.abs()
+    if math.isinf(ord):
+        return size.amax(axes, keepdim) if ord > 0 else size.amin(axes, keepdim)
+    return size.sum(axes, keepdim) if ord == 1 else size.pow(ord).sum(axes, keepdim).pow(1 / ord)
+
+
+def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
+    """`aten.logsumexp`: a maximum, which is taken out for precision, and a sum."""
+    largest = x.amax(dim, True)
+    total = (x - largest).exp().sum(dim, True).log() + largest
+    return total if keepdim else total.squeeze(dim)
+
+
 aten = torch.ops.aten
 DECOMPOSITIONS: dict[Any, Callable] = {
     aten.addmm.default: addmm,
@@ -213,10 +263,18 @@ DECOMPOSITIONS: dict[Any, Callable] = {
     aten.einsum.default: einsum,
     aten.glu.default: glu,
     aten.gru.input: recurrent(_gru_cell, 3),
+    aten.gru_cell.default: single_step(_gru_cell, 3),
+    aten.linalg_vector_norm.default: vector_norm,
+    aten.logsumexp.default: logsumexp,
     aten.lstm.input: lstm,
+    aten.lstm_cell.default: single_step(_lstm_cell, 4),
+    aten.max.other: torch.maximum,
+    aten.min.other: torch.minimum,
     aten.mm.default: torch.matmul,
     aten.rnn_relu.input: recurrent(_relu_cell, 1),
+    aten.rnn_relu_cell.default: single_step(_relu_cell, 1),
     aten.rnn_tanh.input: recurrent(_tanh_cell, 1),
+    aten.rnn_tanh_cell.default: single_step(_tanh_cell, 1),
     aten.select_scatter.default: select_scatter,
     aten.slice_scatter.default: slice_scatter,
     aten.std.correction: deviation,

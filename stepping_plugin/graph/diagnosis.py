@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import traceback
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 from ..errors import CaptureError, explain
 from .program import op_name
 
-__all__ = ["capture_failure", "refuse_data_dependence"]
+__all__ = ["capture_failure", "changed_parameter", "part_of_batch", "refuse_data_dependence"]
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parents[1])
@@ -41,6 +42,11 @@ def capture_failure(model: nn.Module, image_size: tuple[int, ...], error: Except
     if ".numpy()" in text:
         what = f"{name} leaves torch for numpy, where nothing can be traced"
         return CaptureError(explain(what, where=place, action="Write that part with torch operators."))
+    if "fake tensor in the exported program constant" in text and (assigned := _data_assignment(model)):
+        return changed_parameter(model, place=assigned)
+    if isinstance(model, torch.jit.ScriptModule):
+        what = f"{name} is a TorchScript module, which cannot be captured"
+        return CaptureError(explain(what, action="Pass the nn.Module that it was made from."))
     first = next((line for line in text.splitlines() if line.strip()), "")
     return CaptureError(
         explain(
@@ -50,6 +56,65 @@ def capture_failure(model: nn.Module, image_size: tuple[int, ...], error: Except
             "the model expects.",
         )
     )
+
+
+def changed_parameter(
+    model: nn.Module, parameter: str = "", node: fx.Node | None = None, place: str | None = None
+) -> CaptureError:
+    """The error for a forward that changes its own weights.
+
+    Args:
+        parameter: name of the parameter, where it is known.
+        node: what makes its new value.
+        place: the line of code, where it is known.
+    """
+    what = f"{type(model).__name__} changes its parameters in forward" + (f" ({parameter})" if parameter else "")
+    traced = node.meta.get("stack_trace") if node is not None else None
+    place = place or _data_assignment(model, parameter) or _user_line(traced or "")
+    action = (
+        "Make the weight from the parameter instead, for example weight = torch.renorm(self.weight, 2, 0, 1.0) for "
+        "functional.conv2d or a torch.nn.utils.parametrize parametrization, or change it in the training loop."
+    )
+    return CaptureError(explain(what, where=place, action=action))
+
+
+def part_of_batch(model: nn.Module, node: fx.Node) -> CaptureError:
+    """The error for a model that treats some pictures of a batch in another way than others."""
+    return CaptureError(
+        explain(
+            f"{type(model).__name__} takes a part of the batch ({op_name(node)}), so that what it says about a picture "
+            "depends on the others or on their number",
+            where=_user_line(node.meta.get("stack_trace") or ""),
+            expected="operators that treat all pictures alike; whole batches may be joined and split again",
+            action="Wrap or rewrite that part.",
+        )
+    )
+
+
+_WRITES = re.compile(
+    r"\.data\s*(\[[^\]]*\]\s*)?([-+*/]?=)(?!=)|\.data\.\w+_\(|\.set_\(|\b(weight|bias)(\.\w+_\(|\s*[-+*/]=)"
+)
+
+
+def _data_assignment(model: nn.Module, parameter: str = "") -> str | None:
+    """The first line of the users' modules that writes into a parameter: `file:line (code)`.
+
+    Args:
+        parameter: look in the module of this parameter first.
+    """
+    owner = parameter.rpartition(".")[0]
+    modules = [m for n, m in model.named_modules() if n == owner] + list(model.modules())
+    for kind in dict.fromkeys(c for m in modules for c in type(m).__mro__):
+        functions = [f for k, f in vars(kind).items() if inspect.isfunction(f) and k != "__init__"]
+        for function in (f for f in functions if _is_users(f.__code__.co_filename)):
+            try:
+                lines, start = inspect.getsourcelines(function)
+            except OSError:
+                continue
+            for number, line in enumerate(lines, start):
+                if _WRITES.search(line):
+                    return f"{function.__code__.co_filename}:{number} ({line.strip()})"
+    return None
 
 
 def refuse_data_dependence(model: nn.Module, graph: fx.Graph) -> None:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from ..errors import CaptureError
-from .program import Program, is_static, op_name, tensor_inputs
+from ..errors import CaptureError, explain
+from .program import Program, call_arg, is_static, op_name, tensor_inputs
 from .unionfind import PINNED, UnionFind
 
 __all__ = ["Labels", "Pin", "Role", "compress", "labelled_axis", "propagate", "units_only"]
@@ -47,6 +47,7 @@ class Pin:
     reason: str
     module: str
     operator: str
+    channels: int = 0  # output channels of weights among them
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Weight:
 
     out: Tensor  # (O,) fresh labels of the output channels
     inputs: Tensor | None = None  # (I,) labels of the input channels of the first call site
+    source: fx.Node | None = None  # what the first call site reads
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Labels:
     weights: dict[str, Weight] = field(default_factory=dict)
     pins: list[Pin] = field(default_factory=list)
     without_rule: set[fx.Node] = field(default_factory=set)
+    adopted: dict[fx.Node, Tensor] = field(default_factory=dict)
+    softmaxes: set[fx.Node] = field(default_factory=set)  # over all units of a tensor, which makes them one
 
     @property
     def unknown(self) -> Counter:
@@ -83,6 +87,11 @@ class Labels:
     def is_free(self, node: fx.Node) -> bool:
         """Whether no element belongs to a unit that may move."""
         return not bool((self.of(node) > PINNED).any())
+
+    @property
+    def pinned_channels(self) -> int:
+        """Output channels of weights that stay at level 1."""
+        return sum(int((self.sets.find(weight.out) == PINNED).sum()) for weight in self.weights.values())
 
     def weight(self, key: str, out_channels: int) -> Weight:
         """Labels of a weight, made on first use."""
@@ -139,10 +148,35 @@ class Labels:
         if bool(alone.any()):
             self.pin(torch.maximum(a, b)[alone], node, "another use of the same tensor is at level 1")
 
+    def adopt(self, node: fx.Node, labels: Tensor, axis: int) -> bool:
+        """Give a first state (zeros, or a parameter for all images) the units as which later states are read.
+
+        Args:
+            node: what a layer reads that reads units elsewhere.
+            labels: (C,) labels of those along `axis`.
+
+        Returns:
+            Whether the node is such a state and got labels that it did not have.
+        """
+        if op_name(node) == "cat" and call_arg(node, "dim", 0) % len(node.meta["shape"]) == axis:
+            sizes = [piece.meta["shape"][axis] for piece in node.args[0]]  # type: ignore[union-attr]
+            parts = zip(node.args[0], labels.split(sizes))  # type: ignore[arg-type]
+            return any([self.adopt(piece, part, axis) for piece, part in parts])  # type: ignore[arg-type]
+        fresh = op_name(node).startswith("new_") or (op_name(node) == "expand" and is_static(node.args[0]))
+        if not fresh or not self.is_free(node) or not bool((self.sets.find(labels) > PINNED).any()):
+            return False
+        self.adopted[node] = labels.reshape([-1 if d == axis else 1 for d in range(len(node.meta["shape"]))])
+        self.sets.version += 1
+        return True
+
     def pin(self, labels: Tensor, node: fx.Node, reason: str) -> None:
         """Keep units at level 1, remembering why."""
+        roots = torch.unique(self.sets.find(labels))
+        outputs = [self.sets.find(weight.out) for weight in self.weights.values()]
         if self.sets.pin(labels):
-            self.pins.append(Pin(reason, node.meta.get("module", ""), op_name(node)))
+            moved = roots[roots > PINNED]
+            channels = sum(int(torch.isin(out, moved).sum()) for out in outputs)
+            self.pins.append(Pin(reason, node.meta.get("module", ""), op_name(node), channels))
 
 
 Rule = Callable[[Labels, fx.Node], Tensor | None]
@@ -164,14 +198,14 @@ def labelled_axis(labels: Tensor) -> int | None:
 
 def propagate(
     programs: list[Program],
-    rules: dict[str, Rule],
+    rule_of: Callable[[fx.Node], Rule | None],
     tie: Callable[[Labels, list[fx.Node]], None] | None = None,
 ) -> Labels:
     """Label all nodes of the programs (train and eval graph of one model share units through their weights).
 
     Args:
         programs: captured graphs of one model.
-        rules: label rule per operator name.
+        rule_of: gives the label rule of a node's operator.
         tie: joins further labels whenever the rules have settled, called with the operator nodes.
 
     Raises:
@@ -187,7 +221,7 @@ def propagate(
     for _ in range(MAX_PASSES):
         version = labels.sets.version
         for node in nodes:
-            _label(labels, node, rules)
+            _label(labels, node, rule_of)
         if labels.sets.version == version:
             _one_axis_per_tensor(labels, nodes)
         if labels.sets.version == version and tie:
@@ -213,30 +247,45 @@ def find_heads(program: Program) -> set[fx.Node]:
             behind.append(node)
             pending.extend(tensor_inputs(node))
     norms = [n for n in behind if op_name(n) in ("batch_norm", "layer_norm", "group_norm")]
-    shape = program.output.meta["shape"]
-    if not heads or norms or len(shape) != 2 or program.image in behind:
-        raise CaptureError(
-            f"The model has no classifier: its output has shape (B, {', '.join(map(str, shape[1:]))}) and "
-            + ("is normalised features" if norms else "does not come from a linear or convolution")
-            + ". Class scores (B, classes) are expected; create the model with num_classes > 0."
-        )
+    if not heads or norms or len(program.output.meta["shape"]) != 2 or program.image in behind:
+        raise CaptureError(_no_classifier(program.output, bool(norms), bool(heads)))
     return heads
+
+
+def _no_classifier(output: fx.Node, normalised: bool, scores: bool) -> str:
+    shape, batch = list(output.meta["shape"]), output.meta.get("batch_axis")
+    listed = ", ".join("B" if d == batch else str(size) for d, size in enumerate(shape))
+    if len(shape) != 2 and scores and not normalised:
+        return explain(
+            "several scores per image",
+            where="the model's output",
+            got=f"shape ({listed})",
+            expected="class scores (B, classes)",
+            action="Wrap the model in a module that reduces them to one row per image, for example by their mean.",
+        )
+    return (
+        f"The model has no classifier: its output has shape ({listed}) and "
+        + ("is normalised features" if normalised else "does not come from a linear or convolution")
+        + ". Class scores (B, classes) are expected; create the model with num_classes > 0."
+    )
 
 
 HEAD_OPERATORS = {"linear", "conv2d", "conv1d", "addmm", "mm"}
 
 
-def _label(labels: Labels, node: fx.Node, rules: dict[str, Rule]) -> None:
+def _label(labels: Labels, node: fx.Node, rule_of: Callable[[fx.Node], Rule | None]) -> None:
     labels.per_level.discard(node)
     if labels.role.get(node) != Role.HEAD:  # of an earlier pass: what the operator reads may have become one per level
         labels.role.pop(node, None)
     if "shape" not in node.meta:
         _unknown(labels, node)
         return
-    rule = rules.get(op_name(node))
+    rule = rule_of(node)
     result = rule(labels, node) if rule else None
     if result is None:
         result = _unknown(labels, node)
+    if node in labels.adopted:
+        result = labels.join([result, labels.adopted[node]], len(node.meta["shape"]))
     if node in labels.per_level:
         result = torch.zeros([1] * len(node.meta["shape"]), dtype=torch.long)
     label = compress(labels.sets.find(result))

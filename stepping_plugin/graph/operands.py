@@ -20,11 +20,13 @@ from torch import Tensor, fx
 
 from .labels import Role
 from .program import call_arg, is_static, op_name, tensor_inputs
+from .registry import is_pointwise
 
 __all__ = ["Operands", "find_positions", "groups_argument", "picked_positions", "touches_units"]
 
 VIEWS = ("reshape", "view", "expand", "flatten.using_ints", "unflatten.int")
 PICKS = ("slice.Tensor", "select.int", "index.Tensor", "index_select", "roll", "flip", "narrow")
+FACTORIES = ("new_empty", "new_zeros", "new_ones", "new_full")
 _BROADCASTING = {
     "add.Tensor", "addcdiv", "addcmul", "atan2", "clamp.Tensor", "clamp_max.Tensor", "clamp_min.Tensor",
     "div.Tensor", "div.Tensor_mode", "fmod.Tensor",
@@ -110,6 +112,10 @@ class Operands(ABC):
             return self._norm(node, name), {}
         if name in VIEWS:
             return self._sized(node, name)
+        if name in FACTORIES:
+            return (self.any_value(node.args[0]), self._sizes(node, list(node.args[1])), *node.args[2:]), {  # type: ignore[arg-type]
+                **node.kwargs
+            }
         if name in PICKS and sliced and touches_units(node):
             return self._picked(node)
         if name in ("matmul", "bmm"):
@@ -118,7 +124,7 @@ class Operands(ABC):
             return self._concatenated(node, name), dict(node.kwargs)
         if name == "prelu":
             return self._prelu(node), {}
-        if name in _BROADCASTING:
+        if name in _BROADCASTING or is_pointwise(node):
             return self._mapped(node, lambda n: self.aligned(n, node))
         return self._plain(node)
 
@@ -210,19 +216,23 @@ class Operands(ABC):
         if name == "flatten.using_ints":
             return (self.any_value(source), *node.args[1:]), {}
         sizes = list(node.args[1]) if name != "unflatten.int" else list(node.meta["shape"])  # type: ignore[arg-type]
-        axis = node.meta["axis"]
-        if axis is not None and not (name == "expand" and sizes[axis] == -1):
-            count, entry = len(self.positions(node)), sizes[axis]
-            sizes[axis] = (
-                self.batch(count) if isinstance(entry, fx.Node) else count
-            )  # batch and units may share an axis
-        sizes = [
-            self.batch(s.meta["batch"]) if isinstance(s, fx.Node) and s in node.all_input_nodes else s for s in sizes
-        ]
+        sizes = self._sizes(node, sizes)
         value = self.any_value(source)
         if name == "expand" and source.meta.get("units") is None and self.changed(node):
             value = self.aligned(source, node)
         return (value, sizes), {}
+
+    def _sizes(self, node: fx.Node, sizes: list[Any]) -> list[Any]:
+        """Sizes of a result with as many positions along its unit axis as are left."""
+        axis = node.meta["axis"]
+        if axis is not None and not (op_name(node) == "expand" and sizes[axis] == -1):
+            count, entry = len(self.positions(node)), sizes[axis]
+            sizes[axis] = (
+                self.batch(count) if isinstance(entry, fx.Node) else count
+            )  # batch and units may share an axis
+        return [
+            self.batch(s.meta["batch"]) if isinstance(s, fx.Node) and s in node.all_input_nodes else s for s in sizes
+        ]
 
     def _picked(self, node: fx.Node) -> tuple[tuple, dict]:
         """slice, index, roll, ... along the unit axis: the picked tensor, and arguments that pass it on

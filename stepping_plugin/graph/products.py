@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx
 
 from .labels import Labels, Role
@@ -69,8 +70,11 @@ def _channels(labels: Labels, node: fx.Node, label: Tensor, axis: int) -> Tensor
     weight: fx.Node = node.args[1]
     entry = labels.weight(weight_key(weight), shape_of(node)[axis])
     inputs = label.expand([shape_of(node.args[0])[d] if d == axis else 1 for d in range(label.dim())]).flatten()
-    if entry.inputs is None:
-        entry.inputs = inputs
+    source: fx.Node = node.args[0]
+    if entry.inputs is None or entry.source is None:
+        entry.inputs, entry.source = inputs, source
+    elif labels.adopt(entry.source, inputs, axis) or labels.adopt(source, entry.inputs, axis):
+        entry.inputs = torch.maximum(*map(labels.sets.find, (entry.inputs, inputs)))
     else:  # call sites of one weight share their units, and its one mask
         labels.tie(entry.inputs, inputs, node)
     labels.role[node] = Role.CHANNELS

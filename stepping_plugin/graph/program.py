@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["Program", "add_constant", "batch_hint", "call_arg", "is_static", "op_name", "tensor_inputs"]
+__all__ = [
+    "Program", "add_constant", "batch_hint", "call_arg", "is_random", "is_static", "op_name", "random_operators",
+    "tensor_inputs", "unwrap",
+]  # fmt: skip
 
 
 @dataclass
@@ -70,6 +73,17 @@ def is_static(node: Any) -> bool:
     return isinstance(node, fx.Node) and bool(node.meta.get("static"))
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def random_operators(program: Program) -> list[str]:
+    """What draws random numbers on the way to the scores, `operator in module`, each once. Idle dropout does not."""
+    drawing = (n for n in program.operators() if is_random(n) and call_arg(n, "train", True))
+    return list(dict.fromkeys(f"{op_name(n)} in {n.meta.get('module') or 'forward'}" for n in drawing))
+
+
 def batch_hint(value: Any, batch: int = 1) -> Any:
     """Replace integer nodes (multiples of the batch size) inside an argument by numbers for that batch size."""
     if isinstance(value, fx.Node):
@@ -120,8 +134,21 @@ def cached_results(model: nn.Module) -> dict[int, Tensor]:
     for module in model.modules():
         for tensor in _tensors_in(vars(module)):
             if not tensor.is_leaf or tensor.is_inference():
-                memo.setdefault(id(tensor), tensor.detach().clone())
+                copied = tensor.detach().clone()
+                if isinstance(tensor, nn.Parameter):  # made in inference mode
+                    copied = nn.Parameter(copied, copied.is_floating_point())
+                memo.setdefault(id(tensor), copied)
     return memo
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, DataParallel, DistributedDataParallel and averaged models."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    while isinstance(inside := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module) or isinstance(
+        model, wrappers
+    ):
+        model = inside if isinstance(inside, nn.Module) else model.module
+    return model
 
 
 def copy_model(model: nn.Module) -> nn.Module:

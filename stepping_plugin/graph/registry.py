@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from .labels import Labels, Rule
 from .program import is_static, tensor_inputs
 
-__all__ = ["RULES", "dynamic_inputs", "free", "pass_per_level", "rule", "shape_of"]
+__all__ = ["RULES", "dynamic_inputs", "free", "is_pointwise", "pass_per_level", "rule", "shape_of"]
 
 RULES: dict[str, Rule] = {}
 
@@ -26,6 +26,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     return node.meta["shape"]
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether torch itself says that every element of a result depends on the elements at its place only."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def free(node: fx.Node) -> Tensor:

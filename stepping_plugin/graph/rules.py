@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .labels import Labels, Role, compress, labelled_axis
+from .labels import Labels, Role, Rule, compress, labelled_axis
 from .products import join_groups
 from .program import batch_hint, call_arg, op_name, tensor_inputs
-from .registry import RULES, dynamic_inputs, free, pass_per_level, rule, shape_of
+from .registry import RULES, dynamic_inputs, free, is_pointwise, pass_per_level, rule, shape_of
 from .unionfind import FREE
 
-__all__ = ["ELEMENTWISE", "RULES", "reduced_axes"]
+__all__ = ["RULES", "is_elementwise", "reduced_axes", "rule_of"]
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -36,7 +36,8 @@ MOVES = _names(
 )
 IDENTITIES = _names(
     """
-    clone contiguous alias detach dropout _to_copy to.dtype lift_fresh_copy feature_dropout alpha_dropout type_as
+    clone contiguous alias detach dropout _to_copy to.dtype lift_fresh_copy feature_dropout alpha_dropout
+    feature_alpha_dropout type_as
     """
 )
 
@@ -137,9 +138,20 @@ ELEMENTWISE = _names(
     addcmul addcdiv where.self sin cos square erf bitwise_not eq.Scalar ne.Scalar masked_fill.Scalar log_sigmoid
     prelu zeros_like ones_like full_like lerp.Scalar lerp.Tensor sign floor fmod.Scalar log1p expm1 threshold
     hardshrink softsign tanhshrink logical_not gt.Scalar lt.Scalar ge.Scalar le.Scalar bernoulli.p rand_like
-    randn_like silu_backward div.Tensor_mode clamp.Tensor clamp_min.Tensor clamp_max.Tensor
+    randn_like silu_backward div.Tensor_mode clamp.Tensor clamp_min.Tensor clamp_max.Tensor empty_like bernoulli
+    rrelu real imag complex polar _conj resolve_conj
     """
 )
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether an operator joins the labels that meet: those listed, and all others that torch calls pointwise."""
+    return op_name(node) in ELEMENTWISE or (op_name(node) not in RULES and is_pointwise(node))
+
+
+def rule_of(node: fx.Node) -> Rule | None:
+    """The label rule of a node's operator, if there is one."""
+    return elementwise if is_elementwise(node) else RULES.get(op_name(node))
 
 
 @rule(*ELEMENTWISE)
@@ -148,6 +160,8 @@ def elementwise(labels: Labels, node: fx.Node) -> Tensor | None:
     inputs = dynamic_inputs(node)
     if op_name(node) == "prelu" and len(shape_of(node)) < 2:
         return None
+    if not inputs:  # random numbers in the shape of a parameter
+        return free(node)
     joined = labels.join([labels.of(n) for n in inputs], len(shape_of(node)))
     if any(n in labels.per_level for n in inputs) and not bool((joined != FREE).any()):
         labels.per_level.add(node)
@@ -223,13 +237,13 @@ REDUCTIONS = _names(
     log_softmax.int _safe_softmax cumsum mean sum prod.dim_int all.dim any.dim logsumexp argmax
     """
 )
-PREFIX_REDUCTIONS = ("mean.dim", "amax", "amin", "linalg_vector_norm", "var.correction")
+PREFIX_REDUCTIONS = ("mean.dim", "sum.dim_IntList", "amax", "amin", "linalg_vector_norm", "var.correction")
 KEEP_SHAPE = ("softmax.int", "_softmax", "log_softmax.int", "_safe_softmax", "cumsum")
 
 
 @rule(*REDUCTIONS)
 def reduction(labels: Labels, node: fx.Node) -> Tensor | None:
-    """Along units' own axis a mean, maximum or norm becomes a prefix statistic; everything else joins the units."""
+    """Along units' own axis a mean, sum, maximum or norm becomes a prefix statistic; all else joins the units."""
     passed = pass_per_level(labels, node)
     if passed is not None:
         return passed
@@ -244,6 +258,12 @@ def reduction(labels: Labels, node: fx.Node) -> Tensor | None:
             labels.role[node] = Role.PREFIX_REDUCE
             labels.per_level.add(node)
             return free(node)
+        if (
+            "softmax" in name
+            and len(varying) == 1
+            and labels.units_in(label) > 1 >= labels.units_after_merge(label, dims)
+        ):
+            labels.softmaxes.add(node)
         label = labels.merge(label, dims)
     if name not in KEEP_SHAPE and len(shape_of(node)) != rank:
         for d in sorted(dims, reverse=True):
@@ -252,7 +272,7 @@ def reduction(labels: Labels, node: fx.Node) -> Tensor | None:
 
 
 def _has_prefix_form(node: fx.Node, varying: list[int]) -> bool:
-    """Means, extremes, variances and L2 norms have one; other norms join the units.
+    """Means, sums, extremes, variances and L2 norms have one (other norms are written out in those, `decompositions`).
 
     An unbiased variance needs more than one number: those of one channel must be enough.
     """
@@ -319,3 +339,41 @@ def col2im(labels: Labels, node: fx.Node) -> Tensor | None:
     channels, rows = shape_of(node)[1], shape_of(source)[1]
     windows = label.expand(1, rows, 1).reshape(1, channels, rows // channels, 1)
     return labels.merge(windows, [2])
+
+
+# ------------------------------------------------------------------------------------------------- Fourier transforms
+
+# Name -> axes that the operator runs over by default, counted from behind; None: all.
+TRANSFORMS: dict[str, list[int] | None] = {
+    **{f"fft_{name}": [-1] for name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")},
+    **{f"fft_{name}": [-2, -1] for name in ("fft2", "ifft2", "rfft2", "irfft2", "hfft2", "ihfft2")},
+    **{
+        f"fft_{name}": None for name in ("fftn", "ifftn", "rfftn", "irfftn", "hfftn", "ihfftn", "fftshift", "ifftshift")
+    },
+}
+
+
+@rule(*TRANSFORMS)
+def transform(labels: Labels, node: fx.Node) -> Tensor | None:
+    """A transform over space keeps channels apart; one over the channels makes them one unit."""
+    passed = pass_per_level(labels, node)
+    return passed if passed is not None else labels.merge(labels.of(node.args[0]), _transformed_axes(node))
+
+
+def _transformed_axes(node: fx.Node) -> list[int]:
+    rank, name = len(shape_of(node)), op_name(node)
+    axes = call_arg(node, "dim", TRANSFORMS[name])
+    if axes is None:
+        sizes = call_arg(node, "s")
+        axes = range(rank) if sizes is None else range(rank - len(sizes), rank)
+    return [a % rank for a in ([axes] if isinstance(axes, int) else axes)]
+
+
+@rule("view_as_real", "view_as_complex")
+def complex_view(labels: Labels, node: fx.Node) -> Tensor | None:
+    """Complex numbers as pairs along a last axis, and back."""
+    passed = pass_per_level(labels, node)
+    if passed is not None:
+        return passed
+    label = labels.of(node.args[0])
+    return label.unsqueeze(-1) if op_name(node) == "view_as_real" else labels.merge(label, [-1]).squeeze(-1)

@@ -151,10 +151,15 @@ class _Slicer(Operands):
         return self.values[node], self.positions(node)
 
     def gather(self, node: fx.Node, axis: int, want: Tensor) -> fx.Node:
-        units = node.meta.get("units")
-        return self._select(
-            self.values[node], axis, want if units is None else find_positions(self.positions(node), want)
-        )
+        if node.meta.get("units") is None:
+            return self._select(self.values[node], axis, want)
+        index = find_positions(self.positions(node), want)
+        picked = self._select(self.values[node], axis, index)
+        if axis == node.meta["axis"]:  # the result may be sliced again
+            units = repeated_units(node.meta["units"], self.copies)[index]
+            if bool((units >= 0).any()):
+                picked.meta.update(axis=axis, units=units)
+        return picked
 
     def batch(self, factor: int) -> fx.Node:
         return batch_expression(self.graph, self.result.image, self.batches, factor)

@@ -241,6 +241,7 @@ class _Builder:
             return
         kinds = {
             "mean.dim": "mean",
+            "sum.dim_IntList": "sum",
             "amax": "amax",
             "amin": "amin",
             "linalg_vector_norm": "norm",

@@ -22,11 +22,11 @@ def prefix_reduce(
     keepdim: bool,
     correction: float = 0.0,
 ) -> list[Tensor]:
-    """Mean, maximum, minimum, variance or L2 norm over the channels of levels <= s, for s = 1..n.
+    """Mean, sum, maximum, minimum, variance or L2 norm over the channels of levels <= s, for s = 1..n.
 
     Args:
         x: any shape.
-        kind: "mean", "amax", "amin", "norm" or "var".
+        kind: "mean", "sum", "amax", "amin", "norm" or "var".
         axes: non-negative reduced axes, including `channel_axis`.
         keepdim: keep the reduced axes with size 1.
         correction: of the variance (1 = unbiased).
@@ -41,8 +41,9 @@ def prefix_reduce(
             results.append(getattr(x.masked_fill(~inside, worst), kind)(axes, keepdim))
             continue
         kept = x * inside
-        if kind == "mean":
-            results.append(kept.sum(axes, keepdim) / count)
+        if kind in ("mean", "sum"):
+            total = kept.sum(axes, keepdim)
+            results.append(total / count if kind == "mean" else total)
         elif kind == "norm":
             results.append(torch.linalg.vector_norm(kept, 2, axes, keepdim))
         else:

@@ -82,8 +82,11 @@ class NestedNet(NestedModule):
 
     @property
     def macs(self) -> list[int]:
-        """MACs of subnets 1..N, each including the smaller ones."""
-        return self.macs_model.subnet_macs(self.levels, self.num_subnets).tolist()
+        """MACs that are executed to get the scores of subnets 1..N, each including the smaller ones.
+
+        Units that no class score depends on are not computed by the engine, so they do not count.
+        """
+        return self.macs_model.executed_macs(self.levels, self.num_subnets).tolist()
 
     def set_levels(self, levels: Tensor) -> None:
         """Assign units to subnets and refresh the masks.
@@ -108,6 +111,7 @@ class NestedNet(NestedModule):
 
         Parameters are new objects; make the optimizer afterwards.
         """
+        self.check_structure()
         kept = self.levels <= self.num_subnets
         analysis, slices = restrict(self.analysis, kept.long())
         model = sliced_copy(self.model, slices)
@@ -119,6 +123,7 @@ class NestedNet(NestedModule):
 
     def extract(self, subnet: int) -> Subnet:
         """Subnet `subnet` (1..N) as a standalone module, physically without the other units."""
+        self.check_structure()
         return extract_subnet(self.model, self.analysis, self.levels, self._subnet(subnet)).train(self.training)
 
     # ------------------------------------------------------------------------------------------ running

@@ -18,9 +18,11 @@ from torch import Tensor, fx, nn
 
 from ..errors import CaptureError
 from ..graph.capture import capture
-from ..graph.labels import Labels, Role, compress, labelled_axis, propagate, units_only
+from ..graph.demand import dead_ends
+from ..graph.labels import Labels, Role, compress, find_heads, labelled_axis, propagate, units_only
+from ..graph.peephole import spell_out_softmaxes, split_readers_of_scores
 from ..graph.program import Program, is_static, op_name, tensor_inputs
-from ..graph.rules import RULES
+from ..graph.rules import rule_of
 from ..graph.slicing import ParameterSlice, slice_programs
 from ..graph.unionfind import PINNED
 from ..graph.weights import weight_key, weight_sources
@@ -69,7 +71,9 @@ class Analysis:
         anchors: sets of units of which at least one must stay at level 1, because a tensor consists of them.
         weight_units: weight name -> (unit per output channel, unit per input channel).
         param_units: parameter name -> (axis, unit per index of that axis) for norms, biases, scales, embeddings.
-        pins: (reason, module, operator) -> number of times.
+        dead_ends: BoolTensor (num_units,), units of which only pinned channels read anything. Above level 1 they would
+            be paid for and do nothing, so they are in subnet 1 or in none.
+        pins: (reason, module, operator) -> number of output channels that it keeps at level 1.
         unknown: operators without a label rule -> number of times.
         pinned_channels, channels: output channels that stay at level 1 by a pin, and all output channels.
     """
@@ -82,6 +86,7 @@ class Analysis:
     anchors: list[Tensor]
     weight_units: dict[str, tuple[Tensor, Tensor]]
     param_units: dict[str, tuple[int, Tensor]]
+    dead_ends: Tensor
     pins: Counter = field(default_factory=Counter)
     unknown: Counter = field(default_factory=Counter)
     pinned_channels: int = 0
@@ -91,6 +96,10 @@ class Analysis:
     @property
     def eval_program(self) -> Program:
         return self.programs[False]
+
+    def why_pinned(self, most: int = 3) -> str:
+        """What keeps the most channels at level 1: number of channels, operator, module and reason of each."""
+        return _pin_list(self.pins, most)
 
     def __deepcopy__(self, memo: dict) -> Analysis:
         return self  # facts about a model, never changed: copies of a net share them
@@ -109,22 +118,39 @@ def analyse(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ..
     """
     start = time.perf_counter()
     programs = {training: capture(model, image_size, training) for training in modes}
+    for program in programs.values():
+        split_readers_of_scores(program, find_heads(program))
     captured = time.perf_counter()
-    labels = propagate(list(programs.values()), RULES, _settle_parameters)
+    labels = propagate(list(programs.values()), rule_of, _settle_parameters)
+    if labels.softmaxes:
+        programs, labels = _with_fewer_pins(programs, labels)
     analysis = _number(programs, labels, image_size)
     analysis.seconds = {"capture": captured - start, "units": time.perf_counter() - captured}
     if analysis.num_units == 0:
-        raise CaptureError(_nothing_moves(labels))
+        raise CaptureError(_nothing_moves(analysis))
     return analysis
 
 
-def _nothing_moves(labels: Labels) -> str:
-    reasons = Counter(f"{pin.reason}: {pin.operator} in {pin.module or 'the model'}" for pin in labels.pins)
-    listed = (
-        "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common(5))
-        or "  (no layer but the classifier)"
-    )
-    return f"No unit of this model can move, so there is nothing to step. What keeps all channels at level 1:\n{listed}"
+def _with_fewer_pins(programs: dict[bool, Program], labels: Labels) -> tuple[dict[bool, Program], Labels]:
+    """The programs as they are, or with softmaxes over units spelt out if that lets more channels move."""
+    spelt, other = programs, labels
+    while other.softmaxes:  # one may hide another that reads the same units
+        spelt = {training: spell_out_softmaxes(program, other.softmaxes) for training, program in spelt.items()}
+        other = propagate(list(spelt.values()), rule_of, _settle_parameters)
+    return (spelt, other) if other.pinned_channels < labels.pinned_channels else (programs, labels)
+
+
+def _nothing_moves(analysis: Analysis) -> str:
+    listed = _pin_list(analysis.pins, 5) or "there is no layer but the classifier"
+    return f"No unit of this model can move, so there is nothing to step. What keeps all channels at level 1: {listed}."
+
+
+def _pin_list(pins: Counter, most: int) -> str:
+    listed = [
+        f"{count} channels by {operator or 'couplings'} in {module or 'the forward of the model'} ({reason})"
+        for (reason, module, operator), count in pins.most_common(most)
+    ]
+    return "; ".join(listed) + ("; ..." if len(pins) > most else "")
 
 
 def _number(programs: dict[bool, Program], labels: Labels, image_size: tuple[int, ...]) -> Analysis:
@@ -139,7 +165,8 @@ def _number(programs: dict[bool, Program], labels: Labels, image_size: tuple[int
         for node in program.operators():
             _annotate(node, labels, unit_of)
     analysis = assemble(programs, len(free_roots), image_size)
-    analysis.pins = Counter((p.reason, p.module, p.operator) for p in labels.pins)
+    for pin in labels.pins:
+        analysis.pins[(pin.reason, pin.module, pin.operator)] += pin.channels
     analysis.unknown = Counter(labels.unknown)
     analysis.pinned_channels, analysis.channels = int((roots == PINNED).sum()), len(roots)
     return analysis
@@ -158,6 +185,7 @@ def assemble(programs: dict[bool, Program], num_units: int, image_size: tuple[in
         anchors=_anchors(programs),
         weight_units=weight_units,
         param_units=_param_units(programs),
+        dead_ends=dead_ends(programs.values(), num_units),
     )
 
 
@@ -303,6 +331,8 @@ def _pin_weights_of_mixed_use(labels: Labels, nodes: list[fx.Node]) -> None:
             if operand is masked:
                 for name in weight_sources(operand):
                     between.setdefault(name, []).append(node)
+            elif node in labels.per_level and op_name(operand) == "slice.Tensor":
+                continue  # the columns that read scores, of a layer that reads features with the others
             elif len(operand.meta.get("shape", ())) > 1:
                 mixed |= weight_sources(operand)
     for key in mixed & between.keys():

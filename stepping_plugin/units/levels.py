@@ -21,7 +21,8 @@ from ..errors import BudgetError, SteppingError
 from .analysis import Analysis
 from .macs import MacModel
 
-__all__ = ["channel_levels", "check_budgets", "check_scores", "floor_macs", "locked_units", "parse_budgets"]
+__all__ = ["channel_levels", "check_budgets", "check_scores", "floor_macs", "locked_units", "parse_budgets",
+           "pins_sentence"]  # fmt: skip
 
 _TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[kmgt])?(?:\s*macs?)?", re.IGNORECASE)
 _SUFFIX = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -197,16 +198,32 @@ def check_budgets(
         raise BudgetError(
             f"budgets: {len(budgets)} subnets need at least {len(budgets) - 1} units that can move, but this "
             f"model has {movable} ({analysis.num_units} units, {int(locked.sum())} of which every subnet "
-            f"needs). Use at most {movable + 1} budgets."
+            f"needs). Use at most {movable + 1} budgets.{pins_sentence(analysis)}"
         )
     floor = floor_macs(analysis, macs_model, locked)
     if budgets[0] < floor:
         raise BudgetError(
             f"budget 1 is {budgets[0]:,} MACs ({budgets[0] / reference_macs:.2%} of the original), but the "
-            f"smallest subnet of this model, with one unit in every layer, costs {floor:,} MACs "
+            f"smallest subnet of this model{_smallest(analysis)} costs {floor:,} MACs "
             f"({floor / reference_macs:.2%}). "
-            f"Raise budget 1 to {_round_up(floor / reference_macs)} or more."
+            f"Raise budget 1 to {_round_up(floor / reference_macs)} or more.{pins_sentence(analysis)}"
         )
+
+
+def _smallest(analysis: Analysis) -> str:
+    if analysis.pinned_channels:
+        return f", in which {analysis.pinned_channels} of {analysis.channels} channels cannot be left out,"
+    return ", with one unit in every layer,"
+
+
+def pins_sentence(analysis: Analysis) -> str:
+    """What keeps channels at level 1, as a sentence to follow a budget that cannot be met; empty if nothing does."""
+    if not analysis.pinned_channels:
+        return ""
+    return (
+        f" {analysis.pinned_channels} of {analysis.channels} channels stay at level 1: {analysis.why_pinned()}. "
+        "stepping_plugin.inspect_model(model, example_inputs=images) lists all of them."
+    )
 
 
 def _round_up(fraction: float) -> str:

@@ -6,7 +6,8 @@ mode. Biases, norms, activations, pools and softmax are not MACs. With
     out[l, s], in[l, s] = number of output / input channels of layer l whose unit has level s,
 
 a layer between units costs `per_synapse[l] * sum_s out[l, s] * in[l, <= s]` up to level i (nesting rule: a unit reads
-units of its own and lower levels), everything else costs a fixed amount per unit.
+units of its own and lower levels), everything else costs a fixed amount per unit. Units that only pinned channels read
+(`Analysis.dead_ends`) cost nothing above level 1, where nothing computes them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import torch
 from torch import Tensor, fx
 
+from ..graph.demand import needed_levels
 from ..graph.labels import Role
 from ..graph.program import Program, is_static, op_name
 from .analysis import Analysis, Layer
@@ -62,7 +64,10 @@ class MacModel:
     """
 
     def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
         self.num_units = analysis.num_units
+        self.dead_ends = analysis.dead_ends
+        self._executed: tuple[Tensor, int, Tensor] | None = None  # of the level vector asked for last
         self.unit_cost = torch.zeros(analysis.num_units, dtype=torch.long)
         self.fixed = 0  # level-1 operators
         self.per_level = 0  # evaluated once for every subnet
@@ -81,14 +86,10 @@ class MacModel:
         self._index_pairs(pairs)
 
     def _add_fixed_costs(self, layer: Layer, macs: int) -> None:
-        source: fx.Node = layer.node.args[0]
-        if layer.role == Role.HEAD and not source.meta.get("per_level"):
-            units = layer.in_units
-        elif layer.node.meta.get("per_level"):
+        units = self._charged_units(layer)
+        if units is None:
             self.per_level += macs
             return
-        else:
-            units = layer.out_units
         if not len(units):
             self.fixed += macs
             return
@@ -96,6 +97,14 @@ class MacModel:
         movable = units >= 0
         self.fixed += cost * int((~movable).sum())
         self.unit_cost.index_add_(0, units[movable], torch.full((int(movable.sum()),), cost))
+
+    @staticmethod
+    def _charged_units(layer: Layer) -> Tensor | None:
+        """Units among which the cost of a layer is shared out; None if it runs once per subnet."""
+        source: fx.Node = layer.node.args[0]
+        if layer.role == Role.HEAD and not source.meta.get("per_level"):
+            return layer.in_units
+        return None if layer.node.meta.get("per_level") else layer.out_units
 
     def _index_pairs(self, pairs: list[tuple[int, Tensor, Tensor]]) -> None:
         """Flatten all layers into vectors: one entry per (layer, unit) with the unit's channel counts."""
@@ -114,9 +123,14 @@ class MacModel:
             ins.append(torch.bincount(in_units[in_units >= 0], minlength=self.num_units)[members])
         self.pair_layer, self.pair_unit, self.pair_out, self.pair_in = map(_joined, (layers, units, outs, ins))
 
+    def _useful(self, levels: Tensor, n: int) -> Tensor:
+        """Levels in which units that nothing can read above level 1 are spare."""
+        return torch.where(self.dead_ends & (levels > 1), n + 1, levels)
+
     def _histograms(self, levels: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Channels per layer and level: out (L, n + 2) and in (L, n + 2), column s for level s; column 0 is empty."""
         columns = n + 2
+        levels = self._useful(levels, n)
         key = self.pair_layer * columns + levels[self.pair_unit]
         out = torch.zeros(len(self.per_synapse) * columns, dtype=torch.long).index_add_(0, key, self.pair_out)
         inputs = torch.zeros(len(self.per_synapse) * columns, dtype=torch.long).index_add_(0, key, self.pair_in)
@@ -131,16 +145,45 @@ class MacModel:
         return (self.per_synapse[:, None] * out * inputs.cumsum(1))[:, 1 : n + 1]
 
     def subnet_macs(self, levels: Tensor, n: int) -> Tensor:
-        """Cumulative MACs of subnets 1..n, LongTensor (n,).
+        """Cumulative MACs of subnets 1..n, LongTensor (n,), if something reads every unit: what budgets bound.
 
         Args:
             levels: LongTensor (num_units,) with values 1..n + 1 (n + 1 = spare).
             n: number of subnets.
         """
         added = self.layer_macs(levels, n).sum(0)
-        own = torch.zeros(n + 2, dtype=torch.long).index_add_(0, levels, self.unit_cost)[1 : n + 1]
+        useful = self._useful(levels, n)
+        own = torch.zeros(n + 2, dtype=torch.long).index_add_(0, useful, self.unit_cost)[1 : n + 1]
         steps = torch.arange(1, n + 1)
         return (added + own).cumsum(0) + self.fixed + steps * self.per_level
+
+    def executed_macs(self, levels: Tensor, n: int) -> Tensor:
+        """Cumulative MACs of subnets 1..n that are executed, LongTensor (n,): `subnet_macs` without idle units.
+
+        A unit is idle if nothing of its level or above reads it in any subnet (a level vector may leave a layer without
+        units of some level); no class score depends on it, and the engine does not compute it.
+        """
+        if self._executed is not None and self._executed[1] == n and torch.equal(self._executed[0], levels):
+            return self._executed[2].clone()
+        needed = needed_levels(self.analysis.eval_program, levels, n)
+        between = iter(self.layer_macs(levels, n))
+        added = torch.zeros(n, dtype=torch.long)
+        for layer in self.analysis.layers:
+            own = next(between) if layer.role == Role.CHANNELS else self._other_macs(layer, levels, n)
+            for level in needed.get(layer.node, ()):
+                added[level - 1] += own[level - 1]
+        self._executed = levels.clone(), n, added.cumsum(0)
+        return self._executed[2].clone()
+
+    def _other_macs(self, layer: Layer, levels: Tensor, n: int) -> Tensor:
+        """MACs per level of a layer that is not between units, LongTensor (n,)."""
+        macs, units = dense_macs(layer.node), self._charged_units(layer)
+        if units is None:
+            return torch.full((n,), macs)
+        if not len(units):
+            return torch.tensor([macs] + [0] * (n - 1))
+        own = torch.cat([levels, levels.new_ones(1)])[units]
+        return torch.bincount(own, minlength=n + 2)[1 : n + 1] * (macs // len(units))
 
     def move_delta(self, levels: Tensor, n: int, shift: int = 1) -> Tensor:
         """Change of every subnet's MACs if one unit moved by one level, for all units at once.

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..graph.labels import Role
 from ..graph.program import call_arg, is_static, op_name, tensor_inputs
-from ..graph.rules import ELEMENTWISE
+from ..graph.rules import is_elementwise
 from .analysis import Analysis, channel_axis, full_units
 from .levels import channel_levels
 
@@ -74,7 +74,7 @@ def _weight_reader(node: fx.Node, weight: fx.Node, levels: Tensor) -> Tensor:
 
 
 _PER_CHANNEL = ("batch_norm", "instance_norm", "group_norm", "prelu")
-_ALIGNED = {*ELEMENTWISE, "layer_norm", "rms_norm", "masked_fill.Tensor"}
+_ALIGNED = {"layer_norm", "rms_norm", "masked_fill.Tensor"}
 
 
 def _operand_axis(node: fx.Node, operand: fx.Node) -> int | None:
@@ -91,4 +91,4 @@ def _operand_axis(node: fx.Node, operand: fx.Node) -> int | None:
         return None if dim == axis else own
     products = name in ("matmul", "bmm", "scaled_dot_product_attention") and axis < rank - 2
     own = axis - rank + own_rank
-    return own if own >= 0 and (products or name in _ALIGNED) else None
+    return own if own >= 0 and (products or name in _ALIGNED or is_elementwise(node)) else None

@@ -124,8 +124,14 @@ def join_units(analysis: Analysis, groups: list[list[int]]) -> tuple[Analysis, T
     pinned = torch.isin(roots, _single_unit_tensors(analysis.programs))
     joined, index = _renumbered(analysis, roots, pinned)
     if bool(pinned.any()):
-        joined.pins[("couplings leave a tensor with one single unit", "", "")] += int(pinned.sum())
+        joined.pins[("couplings leave a tensor with one single unit", "", "")] += _channels_of(analysis, pinned)
     return joined, index
+
+
+def _channels_of(analysis: Analysis, chosen: Tensor) -> int:
+    """Output channels of some units, BoolTensor (num_units,)."""
+    outputs = [units[units >= 0] for units, _ in analysis.weight_units.values()]
+    return sum(int(chosen[units].sum()) for units in outputs)
 
 
 def pin_units(analysis: Analysis, pinned: Tensor, reason: str) -> Analysis:
@@ -136,7 +142,7 @@ def pin_units(analysis: Analysis, pinned: Tensor, reason: str) -> Analysis:
         reason: listed among the pins.
     """
     result, _ = _renumbered(analysis, torch.arange(analysis.num_units), pinned)
-    result.pins[(reason, "", "")] += int(pinned.sum())
+    result.pins[(reason, "", "")] += _channels_of(analysis, pinned)
     return result
 
 
@@ -148,7 +154,8 @@ def _renumbered(analysis: Analysis, roots: Tensor, pinned: Tensor) -> tuple[Anal
         _rename(program, index)
     result = assemble(analysis.programs, len(kept), analysis.image_size)
     result.pins, result.unknown, result.seconds = Counter(analysis.pins), analysis.unknown, analysis.seconds
-    result.pinned_channels, result.channels = analysis.pinned_channels, analysis.channels
+    result.pinned_channels = analysis.pinned_channels + _channels_of(analysis, pinned)
+    result.channels = analysis.channels
     return result, torch.where(pinned, -1, index[roots])
 
 

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from rich.console import Group
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
+from ..errors import SteppingError
+from ..graph.images import image_size_of
+from ..graph.modes import ordinary_mode
+from ..graph.program import copy_model, unwrap
 from ..integrations.fvcore import count_macs
 from ..integrations.torch_pruning.witness import toolkit_couplings
 from ..units.analysis import analyse
@@ -20,16 +24,31 @@ from ..units.witness import compare_witnesses, join_units
 __all__ = ["describe", "inspect_model"]
 
 
-def inspect_model(model: nn.Module, image_size: tuple[int, ...], *, time_limit: float = 20.0) -> dict[str, Any]:
-    """Facts about a model's units, ready for JSON.
+@ordinary_mode
+def inspect_model(
+    model: nn.Module,
+    image_size: tuple[int, ...] | None = None,
+    *,
+    example_inputs: Tensor | None = None,
+    time_limit: float = 20.0,
+) -> dict[str, Any]:
+    """Facts about a model's units, ready for JSON: what moves, what is pinned and why, what the smallest subnet costs.
 
     Args:
-        model: classifier of images.
-        image_size: (C, H, W).
+        model: any classifier of images, of timm or your own; not modified.
+        image_size: (C, H, W); by default that of `example_inputs`, or what the model says (timm models do).
+        example_inputs: images (B, C, H, W).
         time_limit: seconds that torch-pruning's dependency graph may take.
+
+    Raises:
+        SteppingError: no image size is given and the model does not say one.
+        CaptureError: the model cannot be captured, or none of its units can move.
     """
+    image_size = image_size_of(model, example_inputs) if image_size is None else tuple(image_size)
+    model = copy_model(unwrap(model))
     analysis = analyse(model, image_size, modes=(False,))
-    image = torch.zeros(1, *image_size)
+    reference = next(model.parameters())
+    image = torch.zeros(1, *image_size, dtype=reference.dtype, device=reference.device)
     toolkit = toolkit_couplings(model, image, time_limit)
     comparison = compare_witnesses(analysis, toolkit)
     seconds = {**analysis.seconds, "torch-pruning": toolkit.seconds}
@@ -38,20 +57,27 @@ def inspect_model(model: nn.Module, image_size: tuple[int, ...], *, time_limit: 
         analysis, _ = join_units(analysis, comparison.only_toolkit)
     start = time.perf_counter()
     macs_model = MacModel(analysis)
-    counted = count_macs(model, (image,))
+    try:
+        counted, uncounted = count_macs(model, (image,)), None
+    except SteppingError as error:  # an operator that fvcore does not know
+        counted, uncounted = None, str(error)
     seconds["fvcore"] = time.perf_counter() - start
     floor = floor_macs(analysis, macs_model)
     return {
         "image_size": list(image_size),
         "macs": macs_model.total,
-        "macs_fvcore": counted.total,
-        "macs_fvcore_default": counted.fvcore_default,
+        "macs_fvcore": counted and counted.total,
+        "macs_fvcore_default": counted and counted.fvcore_default,
+        "macs_fvcore_error": uncounted,
         "floor_macs": floor,
         "floor_share": floor / macs_model.total,
         "units": analysis.num_units,
         "channels": analysis.channels,
         "pinned_channels": analysis.pinned_channels,
-        "pins": [{"reason": r, "module": m, "operator": o, "times": k} for (r, m, o), k in analysis.pins.most_common()],
+        "pins": [
+            {"reason": reason, "module": module, "operator": operator, "channels": channels}
+            for (reason, module, operator), channels in analysis.pins.most_common()
+        ],
         "operators_without_rule": dict(analysis.unknown),
         "groups": [{"name": g.name, "units": len(g.units), "made_by": g.weights} for g in analysis.groups],
         "couplings": {
@@ -74,12 +100,13 @@ def describe(facts: dict[str, Any], name: str) -> Group:
     couplings = facts["couplings"]
     head = Table.grid(padding=(0, 2))
     default = facts["macs_fvcore_default"]
-    quoted = default if default is None else f"{default:,}"
+    quoted = "-" if default is None else f"{default:,}"
+    own = "-" if facts["macs_fvcore"] is None else f"{facts['macs_fvcore']:,}"
     rows = [
         ("model", f"{name}, images {tuple(facts['image_size'])}"),
         (
             "MACs (M_t)",
-            f"{facts['macs']:,} (fvcore: {facts['macs_fvcore']:,}; fvcore's default total: {quoted})",
+            f"{facts['macs']:,} (fvcore: {own}; fvcore's default total: {quoted})",
         ),
         ("floor of subnet 1", f"{facts['floor_macs']:,} MACs = {facts['floor_share']:.2%} of M_t"),
         ("units", f"{facts['units']:,} made of {facts['channels']:,} output channels"),
@@ -106,6 +133,7 @@ def describe(facts: dict[str, Any], name: str) -> Group:
         lines.append(f"torch-pruning: {couplings['torch_pruning_error']}")
     lines += [f"torch-pruning contradicts itself: {text}" for text in couplings["contradictions_in_torch_pruning"][:5]]
     lines += [
-        f"pin: {p['reason']} ({p['operator']} in {p['module'] or 'the model'}, {p['times']}x)" for p in facts["pins"]
+        f"pin: {p['channels']} channels by {p['operator']} in {p['module'] or 'the model'} ({p['reason']})"
+        for p in facts["pins"]
     ]
     return Group(head, groups, *lines)

@@ -159,7 +159,7 @@ def convert(subject: Subject) -> dict[str, Any]:
         "pinned_channels": analysis.pinned_channels,
         "pinned_share": analysis.pinned_channels / max(1, analysis.channels),
         "pins": [
-            {"reason": r, "module": m.removeprefix("model."), "operator": o, "times": k}
+            {"reason": r, "module": m.removeprefix("model."), "operator": o, "channels": k}
             for (r, m, o), k in analysis.pins.most_common()
         ],
         "operators_without_rule": dict(analysis.unknown),
@@ -236,13 +236,14 @@ def engine(subject: Subject) -> dict[str, Any]:
             expected = subject.net.forward_all(subject.images)
         errors += [_relative(s, e) for s, e in zip(deployed.steps(subject.images), expected, strict=True)]
         counted = executed_macs(deployed, subject.images[:1])
-        if counted != deployed.macs:
-            raise Failed(f"MACs executed {counted}, reported by the engine {deployed.macs}")
-        if deployed.macs != reported:
+        if not counted == deployed.macs == reported:
+            raise Failed(f"MACs executed {counted}, reported by the engine {deployed.macs}, by the net {reported}")
+        every = subject.net.macs_model.subnet_macs(levels, SUBNETS).tolist()
+        if every != reported:
             needed = reached_macs(subject.net, subject.images)
-            if not all(a <= b <= c for a, b, c in zip(needed, deployed.macs, reported)):
-                raise Failed(f"MACs executed {counted}, of the net {reported}, that scores depend on {needed}")
-            idle = [max(k, b - a) for k, a, b in zip(idle, deployed.macs, reported)]
+            if not all(a <= b <= c for a, b, c in zip(needed, reported, every)):
+                raise Failed(f"MACs executed {counted}, of all units {every}, that scores depend on {needed}")
+            idle = [max(k, b - a) for k, a, b in zip(idle, reported, every)]
     return {
         "engine": _bounded("stepped class scores differ by", max(errors)),
         "engine_macs": deployed.macs,

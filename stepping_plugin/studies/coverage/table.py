@@ -94,7 +94,7 @@ def _reasons(row: Row) -> str:
     reasons: dict[str, int] = {}
     for pin in row["pins"]:
         key = f"{pin['reason']} ({pin['operator']})"
-        reasons[key] = reasons.get(key, 0) + pin["times"]
+        reasons[key] = reasons.get(key, 0) + pin.get("channels", pin.get("times", 0))
     return "; ".join(sorted(reasons, key=lambda key: -reasons[key])[:2])
 
 
