@@ -13,12 +13,14 @@ from .construction.flow import Construction
 from .construction.reconstruction import reconstruct
 from .construction.start import convert, one_shot
 from .errors import SteppingError, explain
+from .graph.modes import ordinary_mode
+from .graph.program import unwrap
 from .net import SteppingNet
 
 __all__ = ["apply_steppingnet"]
 
 
-@torch.inference_mode(False)  # the net's tensors must be ordinary ones, wherever it is made
+@ordinary_mode  # the net's tensors must be ordinary ones and its graph hold no casts, wherever it is made
 def apply_steppingnet(
     model: nn.Module,
     budgets: Sequence[float | int | str],
@@ -34,7 +36,8 @@ def apply_steppingnet(
     """Turn a trained classifier into N nested subnets, one per budget.
 
     Args:
-        model: timm model, or any module that maps images (B, C, H, W) to class scores (B, classes). Not modified.
+        model: timm model, or any module that maps images (B, C, H, W) to class scores (B, classes). Not modified. Of a
+            compiled model or one in DataParallel, the model inside is converted.
         budgets: ascending MAC budgets of subnets 1..N: floats in (0, 1] are fractions of the model's own MACs M_t,
             integers are MACs, strings may be "40%", "300M", "1.2G".
         example_inputs: images (B, C, H, W) of the size that the net is to be used with; by default one random image
@@ -59,16 +62,36 @@ def apply_steppingnet(
         SteppingError: unsuitable arguments.
     """
     settings = _settings(config)
+    _check_seed(seed)
+    place = None if device is None else _device(device)
     net = convert(model, budgets, settings, example_inputs, seed=seed)
     if train_loader is not None and policy == "steppingnet":
-        where = str(device or next(model.parameters()).device)
+        where = str(place or next(net.parameters()).device)
         net = Construction(net, train_loader, settings, seed=seed, device=where).run()
     else:
         net.take(one_shot(net, policy, seed=seed))
-    net = net.train(model.training) if device is None else net.train(model.training).to(device)
+    net = net.train(model.training) if place is None else net.train(model.training).to(place)
     if calibration is not None:
-        net.notes += reconstruct(net, model, calibration, seed=seed).notes
+        net.notes += reconstruct(net, unwrap(model), calibration, seed=seed).notes
     return net
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise SteppingError(explain("not a seed", where="seed", got=seed, expected="an integer from 0 to 2**63 - 1"))
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        expected = "a device of this machine, such as 'cpu' or 'cuda'"
+        first = str(error).splitlines()[0]
+        raise SteppingError(
+            explain(f"no such device ({first})", where="device", got=device, expected=expected)
+        ) from error
+    return place
 
 
 def _settings(config: ConstructionConfig | None) -> ConstructionConfig:

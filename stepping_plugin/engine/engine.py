@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,14 +90,18 @@ class Engine(ProgramSet):
 
     # ------------------------------------------------------------------------------------------ running
 
-    def start(self, x: Tensor) -> Session:
+    def start(self, x: Tensor, *, borrow: bool = False) -> Session:
         """Run subnet 1 on images (B, C, H, W); larger subnets follow with `session.step()`.
+
+        Args:
+            x: images. The session keeps a copy, so that the tensor may be filled with the next ones at once.
+            borrow: keep the tensor itself; it must stay as it is until the last step, or images mix.
 
         Raises:
             SteppingError: images of another shape, type or device, or the net was changed after `deploy()`.
         """
         self._check(x)
-        return Session(self, x)
+        return Session(self, x, borrow)
 
     def steps(self, x: Tensor) -> Iterator[Tensor]:
         """Class scores (B, classes) of subnets 1..N, each computed when it is asked for."""
@@ -137,7 +143,7 @@ class Engine(ProgramSet):
         """
         began = time.perf_counter()
         rule, limit = as_rule(until), _checked_deadline(deadline)
-        session = self.start(x)
+        session = self.start(x, borrow=True)
         logits, subnet = session.logits.clone(), torch.ones(len(x), dtype=torch.long)
         active = torch.arange(len(x))
         while session.subnet < self.num_subnets:
@@ -157,13 +163,20 @@ class Engine(ProgramSet):
         return Prediction(logits, subnet, macs, seconds, seconds <= limit)
 
     def calibrate(self, batch_size: int = 1, repeats: int = 5) -> list[float]:
-        """Measure every step at a batch size; returns the median seconds per step."""
+        """Measure every step at a batch size; returns the median seconds per step.
+
+        Raises:
+            SteppingError: the numbers are not integers above 0.
+        """
+        for name, value in (("batch_size", batch_size), ("repeats", repeats)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SteppingError(explain("not a number", where=name, got=value, expected="an integer above 0"))
         x = torch.zeros(batch_size, *self.image_size, dtype=self.dtype, device=self.device)
         times: list[list[float]] = [[] for _ in self.programs]
         for _ in range(repeats):
             session, began = None, time.perf_counter()
             for level in range(self.num_subnets):
-                session = self.start(x) if session is None else session
+                session = self.start(x, borrow=True) if session is None else session
                 if level:
                     session.step()
                 times[level].append(time.perf_counter() - began)
@@ -171,6 +184,13 @@ class Engine(ProgramSet):
         return [sorted(t)[len(t) // 2] for t in times]
 
     # ------------------------------------------------------------------------------------------ files
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Engines are pickled, copied and sent to other processes as the bytes of their file."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "engine.safetensors"
+            self.save(path)
+            return _from_bytes, (path.read_bytes(), str(self.device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the engine to one file (tensors and JSON, no pickle); read it with `engine.load_engine`."""
@@ -186,6 +206,8 @@ class Engine(ProgramSet):
         if not isinstance(x, Tensor):
             expected = f"a tensor of shape (B, {', '.join(map(str, self.image_size))})"
             raise SteppingError(explain("images expected", got=type(x).__name__, expected=expected))
+        if x.layout != torch.strided or x.is_quantized:
+            raise SteppingError(explain("images expected", got=f"layout {x.layout}", expected="a dense tensor"))
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_size or not len(x):
             raise image_shape_error(x.shape, self.image_size)
         if x.dtype != self.dtype or x.device.type != self.device.type:
@@ -214,6 +236,14 @@ def _checked_deadline(deadline: float | None) -> float:
 # ------------------------------------------------------------------------------------------------- compiling
 
 
+def _from_bytes(data: bytes, device: str) -> Engine:
+    """The engine of a file's content. The net that it was made from is not watched for changes any more."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "engine.safetensors"
+        path.write_bytes(data)
+        return load_engine(path, device=device)
+
+
 def compile_engine(net: NestedNet, *, compile: bool | Mapping[str, Any] = False) -> Engine:
     """Compile the step programs of a net.
 
@@ -221,6 +251,7 @@ def compile_engine(net: NestedNet, *, compile: bool | Mapping[str, Any] = False)
         net: its parameters are copied, sliced by level.
         compile: run the step programs through `torch.compile`; a mapping holds its options.
     """
+    net.check_structure()
     with torch.no_grad():
         plan = Plan(net.analysis.eval_program, net.levels, net.num_subnets, _lookup(net))
         programs, sources = emit_steps(plan)
@@ -282,6 +313,7 @@ def _watch(net: NestedNet) -> Callable[[], str | None]:
     reference, levels = weakref.ref(net), net.unit_levels.clone()
     tensors = [*net.model.parameters(), *net.model.buffers()]
     seen = [(weakref.ref(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+    modules = [weakref.ref(m) for m in net.model.modules()]
 
     def changed() -> str | None:
         current = reference()
@@ -289,6 +321,8 @@ def _watch(net: NestedNet) -> Callable[[], str | None]:
             return None
         if current.unit_levels.device != levels.device or not torch.equal(current.unit_levels, levels):
             return "its levels differ"
+        if [m() for m in modules] != list(current.model.modules()):
+            return "its modules were replaced"
         for held, place, version in seen:
             tensor = held()
             if tensor is None or tensor.data_ptr() != place or (version is not None and tensor._version != version):

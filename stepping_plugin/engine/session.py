@@ -1,9 +1,9 @@
-"""A session: some images being stepped up through the subnets. It owns the caches."""
+"""A session: some images being stepped up through the subnets. It owns the caches, and a copy of the images."""
 
 from __future__ import annotations
 
 import threading
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,10 +33,10 @@ class Session:
     Reading is safe from other threads while a step runs: results appear at once when the step is done.
     """
 
-    def __init__(self, engine: Stepper, images: Tensor) -> None:
+    def __init__(self, engine: Stepper, images: Tensor, borrow: bool = False) -> None:
         self._engine = engine
         self._lock = threading.RLock()
-        self._caches: dict[str, Tensor] = {IMAGE: images}
+        self._caches: dict[str, Tensor] = {IMAGE: images if borrow else images.clone()}
         self._history: tuple[Tensor, ...] = ()
         self.step()
 
@@ -85,6 +85,13 @@ class Session:
         """Memory that the session holds for further steps."""
         return sum(
             {c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in self._caches.values()}.values()
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SteppingError(
+            explain(
+                "a session cannot be copied or pickled", action="Send the engine and the images, and start one there."
+            )
         )
 
     # ------------------------------------------------------------------------------------------ acting

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import SteppingError, image_shape_error
+from ..errors import SteppingError, explain, image_shape_error
 from ..graph.labels import Role
 from ..graph.program import named_tensors, op_name
 from ..graph.slicing import ParameterSlice
@@ -50,6 +51,7 @@ class NestedModule(nn.Module):
         self.analysis = analysis
         self._graphs = {t: build_nested(p, n, standalone) for t, p in analysis.programs.items()}
         self._slots: dict[bool, list[tuple[nn.Module, str]]] = {}
+        self._parts = _parts_of(model)
         self._masks = {name: f"_mask_{k}" for k, name in enumerate(analysis.weight_units)}
         self._layouts = weight_layouts(analysis)
         self._constants: dict[tuple[bool, str], str] = {}
@@ -85,6 +87,8 @@ class NestedModule(nn.Module):
         """Call the graph of the current mode and update the buffers that it changes (batch counters)."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.analysis.image_size:
             raise image_shape_error(x.shape, self.analysis.image_size)
+        if not torch.compiler.is_compiling():  # the tracer needs no guard for every module
+            self.check_structure()
         if self.training not in self._graphs:
             raise SteppingError("This net holds no graph for train mode: it was made for inference. Call eval() first.")
         graph = self._graphs[self.training]
@@ -93,6 +97,49 @@ class NestedModule(nn.Module):
             for name, value in zip(graph.mutations, mutated):
                 self.model.get_buffer(name).copy_(value)
         return result
+
+    def check_structure(self) -> None:
+        """Refuse to go on after a module of `model` was replaced, or given another forward.
+
+        The net computes the graph that was captured; parameters, engines and files would be those of another model.
+
+        Raises:
+            SteppingError: names the module.
+        """
+        for part in self._parts:
+            now = part.parent._modules.get(part.name) if part.parent is not None else self.model
+            if now is part.module and now.__dict__.get("forward") is part.forward:
+                continue
+            what = "was removed" if now is None else f"was replaced by another {type(now).__name__}"
+            raise SteppingError(
+                explain(
+                    f"this module {what if now is not part.module else 'was given another forward'} after the "
+                    "conversion, and the net still computes what it was made from",
+                    where=f"net.model.{part.path}".rstrip("."),
+                    action="Change the model first and call apply_steppingnet again, or copy new weights into the old "
+                    "module with load_state_dict.",
+                )
+            )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.check_structure()
+        return super().state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NestedModule:
+        result = self.__class__.__new__(self.__class__)
+        memo[id(self)] = result
+        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind = type(self).__name__
+        raise SteppingError(
+            explain(
+                f"a {kind} cannot be pickled, and so not be saved by torch.save or sent to another process",
+                action="Write a net with net.save(path) and read it with stepping_plugin.load(path) there; engines "
+                "(net.deploy()) can be pickled.",
+            )
+        )
 
     def _tensors(self, graph: NestedGraph, training: bool) -> list[Tensor]:
         if training not in self._slots:
@@ -114,6 +161,27 @@ class NestedModule(nn.Module):
         if name in _DELEGATED:
             return getattr(super().__getattr__("model"), name)
         return super().__getattr__(name)
+
+
+@dataclass
+class _Part:
+    """A module of the model as it was when the net was made."""
+
+    path: str
+    parent: nn.Module | None
+    name: str
+    module: nn.Module
+    forward: Any  # one that was set on the instance
+
+
+def _parts_of(model: nn.Module) -> list[_Part]:
+    parts = [_Part("", None, "", model, model.__dict__.get("forward"))]
+    for path, parent in model.named_modules():
+        for name, module in parent._modules.items():
+            if module is not None:
+                where = f"{path}.{name}".lstrip(".")
+                parts.append(_Part(where, parent, name, module, module.__dict__.get("forward")))
+    return parts
 
 
 def weight_layouts(analysis: Analysis) -> dict[str, tuple[tuple[int, ...], bool]]:
