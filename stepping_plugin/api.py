@@ -13,6 +13,7 @@ from .construction.flow import Construction
 from .construction.reconstruction import reconstruct
 from .construction.start import convert, one_shot
 from .errors import SteppingError, explain
+from .graph.device import checked_seed, usable_device
 from .graph.modes import ordinary_mode
 from .graph.program import unwrap
 from .net import SteppingNet
@@ -61,9 +62,8 @@ def apply_steppingnet(
         CaptureError: the model cannot be captured, or has no units that can move.
         SteppingError: unsuitable arguments.
     """
-    settings = _settings(config)
-    _check_seed(seed)
-    place = None if device is None else _device(device)
+    settings, seed = _settings(config), checked_seed(seed)
+    place = None if device is None else usable_device(device)
     net = convert(model, budgets, settings, example_inputs, seed=seed)
     if train_loader is not None and policy == "steppingnet":
         where = str(place or next(net.parameters()).device)
@@ -74,24 +74,6 @@ def apply_steppingnet(
     if calibration is not None:
         net.notes += reconstruct(net, unwrap(model), calibration, seed=seed).notes
     return net
-
-
-def _check_seed(seed: Any) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise SteppingError(explain("not a seed", where="seed", got=seed, expected="an integer from 0 to 2**63 - 1"))
-
-
-def _device(device: Any) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        expected = "a device of this machine, such as 'cpu' or 'cuda'"
-        first = str(error).splitlines()[0]
-        raise SteppingError(
-            explain(f"no such device ({first})", where="device", got=device, expected=expected)
-        ) from error
-    return place
 
 
 def _settings(config: ConstructionConfig | None) -> ConstructionConfig:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .engine import Engine, compile_engine
 from .nested.net import NestedNet
-from .serialization import read_net, write_net
+from .serialization import pack_net, read_net, unpack_net, write_net
 from .training.loop import History, fit
 from .training.trainer import TrainConfig
 from .views.summary import summary
@@ -50,11 +50,19 @@ class SteppingNet(NestedNet):
         """Write the net to one file (tensors and JSON, no pickle); read it with `stepping_plugin.load`."""
         write_net(self, path)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """pickle, `torch.save` and new processes take the net through its file, see `serialization.pack_net`."""
+        return _unpack, pack_net(self)
+
+
+def _unpack(content: bytes, state: dict[str, Any]) -> SteppingNet:
+    return unpack_net(content, state, SteppingNet)
+
 
 def load(
     path: str | os.PathLike[str], model: nn.Module | None = None, *, device: str | torch.device | None = None
 ) -> SteppingNet:
-    """Read a net that `SteppingNet.save` wrote, in eval mode.
+    """Read a net that `SteppingNet.save` wrote, in eval mode. Its weights have the types that they had then.
 
     Args:
         path: the file.
@@ -62,6 +70,7 @@ def load(
         device: where to put the net; the CPU if left out.
 
     Raises:
-        CheckpointError: the file is missing, damaged, foreign, of another version, or of another model.
+        CheckpointError: the file is missing, damaged, foreign, of another version, or of another model; or the model
+            computes something else than the net that was saved. The first operator that differs is named.
     """
     return read_net(path, SteppingNet, model, device)

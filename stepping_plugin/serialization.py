@@ -1,89 +1,86 @@
 """Nets as files: one safetensors file with tensors and a JSON header. Nothing in it is executed.
 
-The header names how the model is made (`origin`), the budgets and a fingerprint of the units. Loading builds the model
-again (timm models by their registered name, anything else from the instance that the caller gives), finds its units
-and compares the fingerprint before any tensor is taken over.
+The header names how the model is made (`origin`) and what it computes: the operators of both captured graphs
+(`graph.describe`), a fingerprint of the units, and the scores of a small experiment (`probe`). Loading builds the model
+again (timm models by their registered name, anything else from the instance that the caller gives), captures it and
+compares all three: a net comes back as the same function or not at all.
+
+What must be equal: image size, operators with their arguments, constants, layers, tensors and their types, units,
+levels, MACs. What need not: the names of nodes, the order of independent operators, devices, the last bits of real
+constants, the version of timm. Another torch version may write the same function in other operators; then the
+experiment decides, and the net says so in its notes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import CaptureError, CheckpointError
+from .errors import CaptureError, CheckpointError, SteppingError, explain
+from .files.headers import NetHeader, Probe, mode_name, validated
+from .files.origin import candidates, same_names
+from .files.probe import compare_scores, probe_images, quiet
+from .graph.describe import describe, draws, first_difference
+from .graph.device import usable_device
+from .graph.modes import ordinary_mode
 from .graph.program import copy_model, named_tensors, unwrap
-from .integrations.timm import models as _paper_networks  # noqa: F401 - registers them
 from .nested.module import sliced_copy
-from .nested.net import NestedNet
-from .tensorfile import NET, read_file
-from .units.analysis import Analysis, restrict
+from .nested.net import NestedNet, check_levels
+from .tensorfile import NET, not_finite, pack_header, read_file, write_tensors
+from .units.analysis import Analysis, fingerprint, restrict
+from .units.macs import MacModel
 from .units.witness import find_units
 
-__all__ = ["describe_origin", "read_net", "write_net"]
+__all__ = ["pack_net", "read_net", "unpack_net", "write_net"]
 
-VERSION = 1
+VERSION = 2  # 1: no checksums, no programs, no probe
 NetT = TypeVar("NetT", bound=NestedNet)
+_PROBE = Probe(seed=1, batch=1)
+_WITHOUT = "The file is of format 1, which does not say what the net computes; save the net again to have that checked."
 
 
-def describe_origin(
-    model: nn.Module, image_size: tuple[int, ...], arguments: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """How a model can be made again: timm name and arguments, or only the name of its class.
-
-    Args:
-        model: the original.
-        image_size: (C, H, W).
-        arguments: further arguments it was made with (numbers, switches and lists of numbers are kept).
-    """
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    name = config.get("architecture") if hasattr(config, "get") else None
-    if not name or not timm.is_model(name):
-        return {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
-    kwargs: dict[str, Any] = {"in_chans": image_size[0]}
-    if isinstance(getattr(model, "num_classes", None), int):
-        kwargs["num_classes"] = model.num_classes
-    kwargs.update({k: v for k, v in (arguments or {}).items() if _is_harmless(k, v)})
-    return {"timm": name, "kwargs": kwargs}
-
-
-def _is_harmless(name: str, value: Any) -> bool:
-    """Arguments of a model that a file may set: numbers only, nothing that names a file or a class."""
-    numbers = value if isinstance(value, (list, tuple)) else [value]
-    return not name.startswith(("pretrained", "checkpoint", "cache")) and all(
-        isinstance(v, (int, float)) for v in numbers
-    )
-
-
-def fingerprint(analysis: Analysis) -> str:
-    """Hash of the structure that levels refer to: image size, weights and their units."""
-    digest = hashlib.sha256(repr((analysis.image_size, analysis.num_units)).encode())
-    for name, (outputs, inputs) in sorted(analysis.weight_units.items()):
-        digest.update(name.encode() + outputs.numpy().tobytes() + inputs.numpy().tobytes())
-    return digest.hexdigest()
+# ------------------------------------------------------------------------------------------------- writing
 
 
 def write_net(net: NestedNet, path: str | os.PathLike[str]) -> None:
-    """Write a net atomically: the file at `path` is the old one or the complete new one."""
+    """Write a net atomically: the file at `path` is the old one or the complete new one.
+
+    Raises:
+        SteppingError: its weights are not finite, or it is beyond what files may hold.
+        OSError: the file cannot be written.
+    """
     net.check_structure()
-    tensors = {f"model.{name}": t.detach().cpu().contiguous() for name, t in _unique(net.model)}
+    own = dict(_unique(net.model))
+    broken = not_finite(own) or next((n for n, p in own.items() if _is_broken(p)), None)
+    if broken:
+        raise SteppingError(
+            explain(
+                "the net is not saved: its weights are not finite numbers",
+                where=broken,
+                action="Training has diverged; go back to an earlier net or checkpoint.",
+            )
+        )
+    tensors = {f"model.{name}": tensor for name, tensor in own.items()}
     tensors["levels"] = net.levels
     for k, copies in enumerate(net.lineage):
         tensors[f"lineage.{k}"] = copies
+    scores = _probe_scores(net, _PROBE)
+    if scores is not None:
+        tensors["probe"] = scores
+    programs = net.analysis.programs
     header = {
         "format": NET,
         "version": VERSION,
         "origin": net.origin,
         "image_size": list(net.analysis.image_size),
-        "modes": [training for training in net.analysis.programs],
+        "modes": list(programs),
         "budgets": net.budgets,
         "macs": net.macs,
         "reference_macs": net.reference_macs,
@@ -91,98 +88,39 @@ def write_net(net: NestedNet, path: str | os.PathLike[str]) -> None:
         "lineage": len(net.lineage),
         "notes": net.notes,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "dtype": _plain(_captured_type(net.analysis)),
+        "programs": {mode_name(t): dict(zip(("lines", "sketches"), describe(p))) for t, p in programs.items()},
+        "probe": _PROBE.model_dump() if scores is not None else None,
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata={"stepping": json.dumps(header)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        validated(NetHeader, header, path)
+    except CheckpointError as error:
+        raise SteppingError(f"the net cannot be saved: {error}") from None
+    write_tensors(path, tensors, pack_header(header))
 
 
-def read_net(
-    path: str | os.PathLike[str],
-    kind: type[NetT],
-    model: nn.Module | None = None,
-    device: str | torch.device | None = None,
-) -> NetT:
-    """Read a net that `write_net` wrote, as one of class `kind`. Other arguments and errors: `stepping_plugin.load`."""
-    header, tensors = read_file(Path(path), NET, VERSION)
-    errors = []
-    for candidate in _candidates(header, model, path):
-        try:
-            return _rebuild(kind, candidate, header, dict(tensors), path).to(device or "cpu")
-        except CaptureError:  # a model that cannot even run on the net's images
-            errors.append(str(_other_model(candidate, path)))
-        except CheckpointError as error:
-            errors.append(str(error))
-    raise CheckpointError(errors[0])
+def _is_broken(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not bool(tensor.isfinite().all())
 
 
-def _candidates(header: dict[str, Any], model: nn.Module | None, path: Any) -> Iterator[nn.Module]:
-    if model is not None:
-        yield copy_model(unwrap(model))
-        return
-    origin = header.get("origin", {})
-    name = origin.get("timm")
-    if not isinstance(name, str) or not timm.is_model(name):  # only registered names: nothing is fetched or executed
-        made_from = origin.get("class") or name
-        raise CheckpointError(
-            f"{path}: the net was made from {made_from!r}, which timm cannot build. Pass load(path, model=...)."
-        )
-    kwargs = {k: v for k, v in origin.get("kwargs", {}).items() if _is_harmless(k, v)}
-    size = header["image_size"][1:]
-    for extra in ({}, {"img_size": tuple(size)}, {"img_size": size[0]}):
-        try:
-            yield timm.create_model(name, pretrained=False, **kwargs, **extra)
-        except TypeError:  # most models take no img_size
-            continue
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _rebuild(kind: type[NetT], model: nn.Module, header: dict[str, Any], tensors: dict[str, Tensor], path: Any) -> NetT:
-    modes = tuple(bool(m) for m in header["modes"])
-    analysis = find_units(model, tuple(header["image_size"]), modes)
-    lineage = [tensors.pop(f"lineage.{k}") for k in range(header["lineage"])]
-    for copies in lineage:
-        if copies.shape != (analysis.num_units,):
-            raise _other_model(model, path)
-        analysis, slices = restrict(analysis, copies)
-        model = sliced_copy(model, slices)
-    if fingerprint(analysis) != header["fingerprint"]:
-        raise _other_model(model, path)
-    levels = tensors.pop("levels")
-    _take_over(model, {k.removeprefix("model."): v for k, v in tensors.items()}, path)
-    net = kind(model, analysis, levels, header["budgets"], header["reference_macs"], header["origin"], lineage)
-    net.notes = list(header.get("notes", []))
-    counted = net.macs_model.subnet_macs(net.levels, net.num_subnets).tolist()  # older files count idle units, too
-    if header["macs"] not in (net.macs, counted):
-        raise CheckpointError(f"{path}: the net has MACs {net.macs}, the file says {header['macs']}; it is damaged.")
-    return net.eval()
+def _captured_type(analysis: Analysis) -> torch.dtype:
+    return next(iter(analysis.programs.values())).image.meta["dtype"]
 
 
-def _other_model(model: nn.Module, path: Any) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: the file belongs to another model than {type(model).__name__} as given (its layers or units "
-        "differ). Pass load(path, model=...) an instance made with the same arguments as the original."
-    )
-
-
-def _take_over(model: nn.Module, tensors: dict[str, Tensor], path: Any) -> None:
-    own = dict(_unique(model))
-    wrong = [
-        f"{name}: {tuple(tensors[name].shape) if name in tensors else 'missing'} in the file, "
-        f"{tuple(own[name].shape)} in the model"
-        for name in own
-        if name not in tensors or tensors[name].shape != own[name].shape
-    ]
-    wrong += [f"{name}: unknown to the model" for name in tensors if name not in own]
-    if wrong:
-        raise CheckpointError(f"{path}: tensors do not fit the model: " + "; ".join(wrong[:5]))
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+def _probe_scores(net: NestedNet, probe: Probe) -> Tensor | None:
+    """Scores (N, B, classes) in eval mode; None where they would say nothing: random, or no numbers."""
+    program = net.analysis.programs.get(False)
+    weight = next((p for p in net.model.parameters() if p.is_floating_point()), None)
+    if program is None or weight is None or draws(program.graph):
+        return None
+    images = probe_images(probe, net.analysis.image_size, weight.dtype).to(weight.device)
+    precise = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    with precise, torch.autocast(weight.device.type, enabled=False):
+        return quiet(lambda: net.run(images, training=False))
 
 
 def _unique(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -192,3 +130,234 @@ def _unique(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+@ordinary_mode  # the net's tensors must be ordinary ones, wherever it is loaded
+def read_net(
+    path: str | os.PathLike[str],
+    kind: type[NetT],
+    model: nn.Module | None = None,
+    device: str | torch.device | None = None,
+) -> NetT:
+    """Read a net that `write_net` wrote, as one of class `kind`. Other arguments and errors: `stepping_plugin.load`."""
+    device = None if device is None else usable_device(device)
+    content, tensors = read_file(Path(path), NET, VERSION, oldest=1)
+    header: NetHeader = validated(NetHeader, content, path)
+    _check_tensors(header, tensors, path)
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    _legacy_names(header, weights)
+    errors = []
+    for candidate in candidates(header, weights, path) if model is None else [copy_model(unwrap(model))]:
+        try:
+            net = _rebuild(kind, candidate, header, weights, tensors, path)
+            return net.to(device) if device is not None else net
+        except CaptureError:  # a model that cannot even run on the net's images
+            errors.append(str(_other_model(candidate, path)))
+        except CheckpointError as error:
+            errors.append(str(error))
+    raise CheckpointError(errors[0])
+
+
+def _check_tensors(header: NetHeader, tensors: Mapping[str, Tensor], path: object) -> None:
+    """What can be said about the tensors before there is a model."""
+    listed = ["levels", *(f"lineage.{k}" for k in range(header.lineage)), *(["probe"] if header.probe else [])]
+    others = [n for n in tensors if not n.startswith("model.") and n not in listed]
+    wrong = next((f"{n} is missing" for n in listed if n not in tensors), None) or next(iter(others), None)
+    if wrong:
+        raise CheckpointError(f"{path}: damaged: its tensors are not those of a net ({wrong}).")
+    chain = [*(tensors[f"lineage.{k}"] for k in range(header.lineage)), tensors["levels"]]
+    for copies, following in zip(chain, [*chain[1:], None]):
+        if copies.dtype != torch.int64 or copies.dim() != 1 or (len(copies) and int(copies.min()) < 0):
+            raise CheckpointError(f"{path}: damaged: levels or lineage are no lists of whole numbers.")
+        if following is not None and (int(copies.max()) > len(following) or int(copies.sum()) != len(following)):
+            raise CheckpointError(f"{path}: damaged: its lineage and levels do not fit together.")
+    if len(header.budgets) > len(tensors["levels"]):
+        raise CheckpointError(f"{path}: damaged: {len(header.budgets)} subnets of {len(tensors['levels'])} units.")
+    weights = {n: t for n, t in tensors.items() if n.startswith("model.")}
+    broken = not_finite(weights) or (not_finite({"probe": tensors["probe"]}) if header.probe else None)
+    if broken:
+        raise CheckpointError(explain("weights that are not finite numbers", where=f"{path}: {broken}"))
+    kinds = {t.dtype for t in weights.values() if t.is_floating_point()}
+    allowed = {torch.float32, torch.float64}
+    if header.version > 1:
+        allowed |= {torch.float16, torch.bfloat16}
+    elif len(kinds) > 1:
+        allowed = set()
+    if not kinds <= allowed:
+        raise CheckpointError(
+            explain("weights of a wrong type", where=str(path), got=", ".join(sorted(map(_plain, kinds))),
+                    expected="float32 or float64")
+        )  # fmt: skip
+
+
+def _legacy_names(header: NetHeader, weights: dict[str, Tensor]) -> None:
+    """Format 1 kept the prefix of compiled models, which made them unreadable for the models inside."""
+    prefix = "_orig_mod."
+    if header.version == 1 and all(name.startswith(prefix) for name in weights):
+        for name in list(weights):
+            weights[name.removeprefix(prefix)] = weights.pop(name)
+
+
+def _rebuild(
+    kind: type[NetT],
+    model: nn.Module,
+    header: NetHeader,
+    weights: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    path: object,
+) -> NetT:
+    problem = same_names(dict(_unique(model)), weights, header.lineage > 0)
+    if problem:
+        raise _other_model(model, path, problem)
+    stored = {t.dtype for t in weights.values() if t.is_floating_point()}
+    captured = getattr(torch, header.dtype) if header.dtype else next(iter(stored), torch.float32)
+    if len(stored) == 1:
+        model.to(captured)
+    analysis = find_units(model, tuple(header.image_size), tuple(header.modes))
+    lineage = [tensors[f"lineage.{k}"] for k in range(header.lineage)]
+    for copies in lineage:
+        if copies.shape != (analysis.num_units,):
+            raise _other_model(model, path)
+        analysis, slices = restrict(analysis, copies)
+        model = sliced_copy(model, slices)
+    doubt = _compare_programs(analysis, header, path)
+    if fingerprint(analysis) != header.fingerprint:
+        raise _other_model(model, path, "its units differ")
+    levels = _checked_levels(analysis, header, tensors["levels"], path)
+    net = kind(model, analysis, levels, header.budgets, header.reference_macs, _origin(header), lineage)
+    if len(stored) == 1:
+        net.to(next(iter(stored)))
+    _take_over(net.model, weights, path)
+    net.notes = list(header.notes)
+    _compare_scores(net, header, tensors, doubt, path)
+    if header.version == 1 and _WITHOUT not in net.notes:
+        net.notes.append(_WITHOUT)
+    return net.eval()
+
+
+def _origin(header: NetHeader) -> dict[str, Any]:
+    return header.origin.model_dump(by_alias=True, exclude_unset=True)
+
+
+def _compare_programs(analysis: Analysis, header: NetHeader, path: object) -> str | None:
+    """What speaks against the model, if another version of torch may be the reason.
+
+    Raises:
+        CheckpointError: the model computes something else than the net that was saved.
+    """
+    for training, program in analysis.programs.items() if header.programs is not None else ():
+        saved = header.programs[mode_name(training)]  # type: ignore[index]
+        found = first_difference((saved.lines, saved.sketches), describe(program))
+        if found is None:
+            continue
+        where = f"{mode_name(training)} mode, {found}"
+        if header.probe is not None and _release(header.versions.get("torch", "")) != _release(torch.__version__):
+            return where
+        raise CheckpointError(
+            f"{path}: the model computes something else than the net that was saved ({where}). Pass load(path, "
+            "model=...) an instance made with the same arguments as the original."
+        )
+    return None
+
+
+def _release(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def _checked_levels(analysis: Analysis, header: NetHeader, levels: Tensor, path: object) -> Tensor:
+    n = len(header.budgets)
+    try:
+        levels = check_levels(levels, analysis, n)
+    except SteppingError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    macs_model = MacModel(analysis)
+    executed, counted = (f(levels, n).tolist() for f in (macs_model.executed_macs, macs_model.subnet_macs))
+    if header.macs not in ([executed] if header.version > 1 else [executed, counted]):  # format 1 counted idle units
+        raise CheckpointError(f"{path}: the net has MACs {executed}, the file says {header.macs}; it is damaged.")
+    return levels
+
+
+def _compare_scores(
+    net: NestedNet, header: NetHeader, tensors: Mapping[str, Tensor], doubt: str | None, path: object
+) -> None:
+    if header.probe is None:
+        return
+    scores = _probe_scores(net, header.probe)
+    problem = "scores that are no numbers" if scores is None else compare_scores(tensors["probe"], scores)
+    if problem:
+        raise CheckpointError(
+            f"{path}: the net computes something else than when it was saved: {problem}."
+            + (f" Its graph differs, too: {doubt}." if doubt else "")
+        )
+    if doubt:
+        net.notes.append(
+            f"torch {torch.__version__} captures the net in other operators than {header.versions.get('torch')} did "
+            f"({doubt}); the scores of all subnets for a stored image are the same."
+        )
+
+
+def _other_model(model: nn.Module, path: object, why: str = "") -> CheckpointError:
+    return CheckpointError(
+        f"{path}: the file belongs to another model than {type(model).__name__} as given (its layers or units "
+        f"differ{': ' + why if why else ''}). Pass load(path, model=...) an instance made with the same arguments as "
+        "the original."
+    )
+
+
+def _take_over(model: nn.Module, tensors: Mapping[str, Tensor], path: object) -> None:
+    own = dict(_unique(model))
+    problem = same_names(own, tensors, sliced=False)
+    if problem:
+        raise CheckpointError(f"{path}: tensors do not fit the model: {problem}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            stored = tensors[name]
+            if tensor.is_floating_point() != stored.is_floating_point() or (
+                not tensor.is_floating_point() and tensor.dtype != stored.dtype
+            ):
+                what = "a tensor of a wrong type"
+                got, expected = _plain(stored.dtype), _plain(tensor.dtype)
+                raise CheckpointError(explain(what, where=f"{path}: {name}", got=got, expected=expected))
+            if tensor.dtype == stored.dtype:
+                tensor.copy_(stored)
+            else:
+                tensor.data = stored.clone()
+
+
+# ------------------------------------------------------------------------------------------------- pickle
+
+
+def pack_net(net: NestedNet) -> tuple[bytes, dict[str, Any]]:
+    """A net as the bytes of its file, and what a file does not hold: for pickle.
+
+    Raises:
+        SteppingError: a pickle could not be read without the model.
+    """
+    if not net.origin.get("timm"):
+        raise SteppingError(
+            f"A net made from {net.origin.get('class', 'a model of your own')} cannot be pickled: that would need the "
+            "model's code. Call net.save(path), and stepping_plugin.load(path, model=...) where the net is needed."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "net")
+        write_net(net, path)
+        content = path.read_bytes()
+    frozen = [name for name, p in net.model.named_parameters() if not p.requires_grad]
+    device = str(next((p.device for p in net.model.parameters()), "cpu"))
+    return content, {"training": net.training, "active": net.active_subnet, "frozen": frozen, "device": device}
+
+
+def unpack_net(content: bytes, state: Mapping[str, Any], kind: type[NetT]) -> NetT:
+    """What `pack_net` took apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "net")
+        path.write_bytes(content)
+        net = read_net(path, kind, device=state["device"])
+    named = dict(net.model.named_parameters())
+    for name in state["frozen"]:
+        named[name].requires_grad_(False)
+    net.active_subnet = state["active"]
+    return net.train(state["training"])

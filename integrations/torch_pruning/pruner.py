@@ -27,6 +27,7 @@ from stepping_plugin.construction.config import ConstructionConfig
 from stepping_plugin.construction.importance import magnitude_scores
 from stepping_plugin.construction.start import convert, one_shot
 from stepping_plugin.errors import SteppingError, explain
+from stepping_plugin.files.origin import unwrap
 from stepping_plugin.units.analysis import Analysis
 from stepping_plugin.units.witness import join_units, pin_units
 
@@ -92,6 +93,7 @@ class SteppingPruner:
         seed: int = 0,
     ) -> None:
         images: Any = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
+        model = unwrap(model)
         self.notes: list[str] = []
         names = {module: name for name, module in model.named_modules()}
         scores = torch.empty(0)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BudgetError, SteppingError
+from ..files.origin import describe_origin
 from ..graph.program import unwrap
 from ..net import SteppingNet
-from ..serialization import describe_origin
 from ..training.loader import EpochLoader
 from ..training.trainer import Batch
 from ..units.analysis import Analysis

@@ -23,7 +23,7 @@ from .clock import StepClock
 from .emit import SCORES, emit_steps
 from .exit import ExitRule, as_rule, stop_now
 from .export import export_engine
-from .files import read_engine, save_engine
+from .files import pack_engine, read_engine, save_engine, unpack_engine
 from .fuse import fuse
 from .plan import Plan, batch_axes
 from .program_set import ProgramSet
@@ -196,6 +196,10 @@ class Engine(ProgramSet):
         """Write the engine to one file (tensors and JSON, no pickle); read it with `engine.load_engine`."""
         save_engine(self, path)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """pickle, `torch.save`, deepcopy and new processes take the engine through its file: a snapshot, uncompiled."""
+        return _unpack, pack_engine(self)
+
     def export(
         self, folder: str | os.PathLike[str], format: str = "torch", batch_size: int | None = None
     ) -> dict[str, Any]:
@@ -281,6 +285,10 @@ def load_engine(
     """
     engine = Engine(**vars(read_engine(path, device)))
     return engine.compile(**_compile_options(compile)) if compile else engine
+
+
+def _unpack(content: bytes, device: str) -> Engine:
+    return Engine(**vars(unpack_engine(content, device)))
 
 
 def _compile_options(compile: Any) -> dict[str, Any]:

@@ -7,31 +7,37 @@ list: functional ATen operators that the package knows, `getitem`, `mul` of size
 
 from __future__ import annotations
 
-import json
 import keyword
+import math
 import operator
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from ..errors import CheckpointError, SteppingError, explain
+from ..files.headers import EngineHeader, Probe, validated
+from ..files.probe import compare_scores, probe_images, quiet
+from ..graph.describe import draws
+from ..graph.device import usable_device
 from ..graph.rules import RULES
-from ..tensorfile import ENGINE, read_file
+from ..tensorfile import ENGINE, not_finite, pack_header, read_file, write_tensors
 from .emit import IMAGE, SCORES, StepProgram
 from .kernels import KERNELS
 from .plan import BatchAxis
 from .program_set import ProgramSet
 
-__all__ = ["read_engine", "save_engine"]
+__all__ = ["pack_engine", "read_engine", "save_engine", "unpack_engine"]
 
-# Counted up whenever older files would be read wrongly: 2 has a cache per level, and norms keep other statistics.
-VERSION = 2
+# 2 has a cache per level, and norms keep other statistics; 3 has checksums and a probe. `_OLDEST` can still be read.
+VERSION, _OLDEST = 3, 2
+_PROBE = Probe(seed=1, batch=1)
+_LARGEST = 2**28  # numbers in one value of a step program
 
 # What step programs call besides the operators that have a label rule. All are functional.
 _FURTHER = {
@@ -92,24 +98,50 @@ def save_engine(engine: ProgramSet, path: str | os.PathLike[str]) -> None:
         SteppingError: a step program calls an operator that engine files cannot name.
     """
     tensors: dict[str, Tensor] = {}
+    programs = [_describe(program, tensors) for program in engine.programs]
+    if broken := not_finite(tensors):
+        raise SteppingError(
+            f"{broken}: the engine is not saved: its weights are not finite numbers. Training has diverged; go back to "
+            "an earlier net."
+        )
+    scores = _probe_scores(engine, _PROBE)
+    if scores is not None:
+        tensors["probe"] = scores
     header = {
         "format": ENGINE,
         "version": VERSION,
         "image_size": list(engine.image_size),
         "dtype": _plain_name(engine.dtype),
         "macs": list(engine.macs),
-        "cache_axes": engine.cache_axes,
-        "programs": [_describe(program, tensors) for program in engine.programs],
+        "cache_axes": {name: None if axis is None else list(axis) for name, axis in engine.cache_axes.items()},
+        "programs": programs,
         "versions": {"torch": torch.__version__},
+        "probe": _PROBE.model_dump() if scores is not None else None,
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata={"stepping": json.dumps(header, separators=(",", ":"))})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        validated(EngineHeader, header, path)
+    except CheckpointError as error:
+        raise SteppingError(f"the engine cannot be saved: {error}") from None
+    write_tensors(path, tensors, pack_header(header))
+
+
+def _probe_scores(engine: ProgramSet, probe: Probe) -> Tensor | None:
+    """Scores (N, B, classes); None where they would say nothing: random, or no numbers."""
+    if any(draws(program.module.graph) for program in engine.programs):
+        return None
+    images = probe_images(probe, engine.image_size, engine.dtype).to(engine.device)
+
+    def compute() -> Tensor:
+        caches = {IMAGE: images}
+        with torch.inference_mode():
+            for program in engine.programs:
+                results = program.module.forward(*[caches[name] for name in program.inputs])
+                caches.update(zip(program.outputs, results, strict=True))
+                scores.append(caches[SCORES].clone())
+        return torch.stack(scores)
+
+    scores: list[Tensor] = []
+    return quiet(compute)
 
 
 def _describe(program: StepProgram, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -169,30 +201,52 @@ def encode(value: Any, numbers: Mapping[fx.Node, int]) -> Any:
 # ------------------------------------------------------------------------------------------------- reading
 
 
+# What the rebuilding and running of a graph raises where its description is not that of one.
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, StopIteration,
+           ArithmeticError, MemoryError)  # fmt: skip
+
+
 def read_engine(path: str | os.PathLike[str], device: str | torch.device | None = None) -> ProgramSet:
     """Step programs that `save_engine` wrote; arguments and errors as of `engine.load_engine`."""
-    path, device = Path(path), torch.device(device or "cpu")
-    header, tensors = read_file(path, ENGINE, VERSION)
+    path, device = Path(path), usable_device(device or "cpu")
+    content, tensors = read_file(path, ENGINE, VERSION, _OLDEST)
+    header: EngineHeader = validated(EngineHeader, content, path)
     try:
-        programs = [_Reader(entry, k, tensors, device).program() for k, entry in enumerate(header["programs"], 1)]
+        programs = [_Reader(entry, k, tensors, device).program() for k, entry in enumerate(header.programs, 1)]
         engine = ProgramSet(
             programs,
-            [_checked(m, int) for m in header["macs"]],
-            tuple(_checked(s, int) for s in header["image_size"]),
-            _dtype(header["dtype"]),
+            header.macs,
+            tuple(header.image_size),
+            _dtype(header.dtype),
             device,
-            {name: _batch_axis(entry) for name, entry in header["cache_axes"].items()},
+            {name: None if axis is None else BatchAxis(*axis) for name, axis in header.cache_axes.items()},
         )
         _check_caches(engine)
+        _check_tensors(header, tensors)
+        _check_scores(engine, header, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path}: the description of the engine is damaged ({error}).") from None
     return engine
 
 
-def _batch_axis(entry: Any) -> BatchAxis | None:
-    return None if entry is None else BatchAxis(*(_checked(number, int) for number in entry))
+def _check_tensors(header: EngineHeader, tensors: Mapping[str, Tensor]) -> None:
+    if broken := not_finite(tensors):
+        raise CheckpointError(f"{broken}: weights that are not finite numbers.")
+    if header.probe is not None and "probe" not in tensors:
+        raise ValueError("the stored scores are missing")
+
+
+def _check_scores(engine: ProgramSet, header: EngineHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Run all steps once: whatever a file asks for that cannot run is found here and not in a session."""
+    random = any(draws(program.module.graph) for program in engine.programs)
+    scores = _probe_scores(engine, header.probe or _PROBE)
+    runs_everywhere = engine.dtype in (torch.float32, torch.float64)
+    if scores is None and not random and (header.probe is not None or runs_everywhere):
+        raise ValueError("its steps cannot run, or give scores that are no numbers")
+    if header.probe is not None and scores is not None and (problem := compare_scores(tensors["probe"], scores)):
+        raise CheckpointError(f"the engine computes something else than when it was saved: {problem}.")
 
 
 def _checked(value: Any, kind: type) -> Any:
@@ -283,9 +337,9 @@ class _Reader:
 
     def _decode(self, value: Any) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)):
-            return value
+            return _bounded(value)
         if isinstance(value, list):
-            return [self._decode(v) for v in value]
+            return _bounded([self._decode(v) for v in value])
         ((kind, content),) = value.items()
         if kind == "node":
             return self.nodes[_checked(content, int)]
@@ -296,6 +350,16 @@ class _Reader:
         if kind == "memory_format":
             return _FORMATS[content]
         return {"device": self.device, "layout": torch.strided}[kind]
+
+
+def _bounded(value: Any) -> Any:
+    """Numbers that an operator may take for sizes must not ask for any amount of memory. Ends of slices may be huge."""
+    numbers = [v for v in (value if isinstance(value, list) else [value]) if type(v) is int]
+    if any(_LARGEST < abs(v) < 2**62 or abs(v) >= 2**63 for v in numbers) or (
+        len(numbers) > 1 and math.prod(max(1, abs(v)) for v in numbers) > _LARGEST
+    ):
+        raise ValueError(f"{str(value)[:60]}: sizes beyond {_LARGEST:,} numbers")
+    return value
 
 
 def _check_caches(engine: ProgramSet) -> None:
@@ -313,3 +377,22 @@ def _check_caches(engine: ProgramSet) -> None:
     unknown = {name for program in engine.programs for name in program.outputs} - set(engine.cache_axes)
     if unknown:
         raise ValueError(f"no batch axis for {sorted(unknown)[0]!r}")
+
+
+# ------------------------------------------------------------------------------------------------- pickle
+
+
+def pack_engine(engine: ProgramSet) -> tuple[bytes, str]:
+    """An engine as the bytes of its file, and its device: for pickle."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "engine")
+        save_engine(engine, path)
+        return path.read_bytes(), str(engine.device)
+
+
+def unpack_engine(content: bytes, device: str) -> ProgramSet:
+    """What `pack_engine` took apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "engine")
+        path.write_bytes(content)
+        return read_engine(path, device)

@@ -136,6 +136,12 @@ class Session:
                 self._caches = {name: _rows(c, axes[name], size, kept) for name, c in self._caches.items()}
             self._history = tuple(scores.index_select(0, kept) for scores in self._history)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise SteppingError(
+            "A session cannot be pickled or copied: it belongs to a running engine. Save the engine (engine.save, "
+            "stepping_plugin.engine.load_engine) and start a session where it is needed: engine.start(images)."
+        )
+
     def _checked_mask(self, mask: Tensor) -> Tensor:
         size = self.batch_size
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (size,):

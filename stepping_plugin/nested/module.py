@@ -83,16 +83,17 @@ class NestedModule(nn.Module):
         else:
             self.register_buffer(name, value, persistent=False)
 
-    def run(self, x: Tensor) -> Tensor:
-        """Call the graph of the current mode and update the buffers that it changes (batch counters)."""
+    def run(self, x: Tensor, training: bool | None = None) -> Tensor:
+        """Call the graph of a mode (None: the current one) and update the buffers that it changes (batch counters)."""
+        training = self.training if training is None else training
         if x.dim() != 4 or tuple(x.shape[1:]) != self.analysis.image_size:
             raise image_shape_error(x.shape, self.analysis.image_size)
         if not torch.compiler.is_compiling():  # the tracer needs no guard for every module
             self.check_structure()
-        if self.training not in self._graphs:
+        if training not in self._graphs:
             raise SteppingError("This net holds no graph for train mode: it was made for inference. Call eval() first.")
-        graph = self._graphs[self.training]
-        result, *mutated = graph.module(x, *self._tensors(graph, self.training))
+        graph = self._graphs[training]
+        result, *mutated = graph.module(x, *self._tensors(graph, training))
         with torch.no_grad():
             for name, value in zip(graph.mutations, mutated):
                 self.model.get_buffer(name).copy_(value)

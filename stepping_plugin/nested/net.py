@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,6 +67,7 @@ class NestedNet(NestedModule):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.register_buffer("unit_levels", torch.ones(analysis.num_units, dtype=torch.long, device=device))
         self.set_levels(levels)
+        self.register_load_state_dict_pre_hook(_check_before_loading)
         self.register_load_state_dict_post_hook(_refresh_after_loading)
 
     # ------------------------------------------------------------------------------------------ structure
@@ -159,6 +161,23 @@ class NestedNet(NestedModule):
         """
         return self.run(x)
 
+    # ------------------------------------------------------------------------------------------ copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._copied(copy.deepcopy(self.__dict__, self._shell(memo)), memo)
+
+    def __copy__(self) -> Self:
+        return self._copied(dict(self.__dict__), self._shell({}))
+
+    def _shell(self, memo: dict[int, Any]) -> dict[int, Any]:
+        memo[id(self)] = type(self).__new__(type(self))
+        return memo
+
+    def _copied(self, state: dict[str, Any], memo: dict[int, Any]) -> Self:
+        made = memo[id(self)]
+        made.__setstate__(state)
+        return made
+
 
 def check_levels(levels: Tensor, analysis: Analysis, n: int) -> Tensor:
     """Levels as LongTensor (num_units,) on the CPU.
@@ -185,6 +204,32 @@ def check_levels(levels: Tensor, analysis: Analysis, n: int) -> Tensor:
                 )
             )
     return levels
+
+
+def _check_before_loading(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state dict brings its own levels, but no budgets: refuse levels that this net cannot have before copying any.
+
+    Raises:
+        SteppingError: impossible levels, or subnets that cost more than the budgets.
+    """
+    assert isinstance(net, NestedNet)
+    levels = state.get(f"{prefix}unit_levels")
+    if levels is None or torch.equal(torch.as_tensor(levels).cpu(), net.levels):
+        return
+    levels = check_levels(levels, net.analysis, net.num_subnets)
+    macs = net.macs_model.subnet_macs(levels, net.num_subnets).tolist()
+    under_way = any(m > b for m, b in zip(net.macs, net.budgets))  # construction starts above all budgets
+    if not under_way and any(m > b for m, b in zip(macs, net.budgets)):
+        action = "Convert the model with the same budgets as the other net, or use net.save and stepping_plugin.load."
+        raise SteppingError(
+            explain(
+                "the levels in this state dict do not fit the net's budgets",
+                where="load_state_dict",
+                got=f"MACs {macs}",
+                expected=f"at most {net.budgets}",
+                action=action,
+            )
+        )
 
 
 def _refresh_after_loading(net: nn.Module, _: Any) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import Counter
@@ -27,7 +28,7 @@ from ..graph.slicing import ParameterSlice, slice_programs
 from ..graph.unionfind import PINNED
 from ..graph.weights import weight_key, weight_sources
 
-__all__ = ["Analysis", "Layer", "UnitGroup", "analyse", "assemble", "restrict"]
+__all__ = ["Analysis", "Layer", "UnitGroup", "analyse", "assemble", "fingerprint", "restrict"]
 
 
 @dataclass
@@ -200,6 +201,14 @@ def restrict(analysis: Analysis, copies: Tensor) -> tuple[Analysis, dict[str, Pa
     restricted.pins, restricted.unknown = analysis.pins, analysis.unknown
     restricted.pinned_channels, restricted.channels = analysis.pinned_channels, analysis.channels
     return restricted, slices
+
+
+def fingerprint(analysis: Analysis) -> str:
+    """Hash of the structure that levels refer to: image size, weights and their units."""
+    digest = hashlib.sha256(repr((analysis.image_size, analysis.num_units)).encode())
+    for name, (outputs, inputs) in sorted(analysis.weight_units.items()):
+        digest.update(name.encode() + outputs.numpy().tobytes() + inputs.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _annotate(node: fx.Node, labels: Labels, unit_of: Callable[[Tensor], Tensor]) -> None:
