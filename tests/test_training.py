@@ -468,6 +468,22 @@ def labelled(labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         (labelled(torch.full((8,), 4)), {}, ["labels do not fit", "labels 4 to 4", "0 to 3"]),
         (labelled(torch.rand(8, 9)), {}, ["labels do not fit", "(8, 9)", "(8, 4)"]),
         (loader(), {"subnet_weights": [1.0]}, ["subnet weights", "3 numbers"]),
+        ([data(8), (data(8)[0], torch.full((8,), 4))], {}, ["labels do not fit", "labels 4 to 4", "0 to 3"]),
+        ([data(8), (data(8)[0], torch.full((8,), -100))], {}, ["labels -100 to -100"]),
+        ([data(8), (data(8)[0], torch.arange(7))], {}, ["labels do not fit the images", "(7,) for 8 images"]),
+        ([data(8), (data(8)[0][:0], data(8)[1][:0])], {}, ["empty batch", "(0, 1, 6, 6)"]),
+        ([(data(8)[0], data(8)[1] > 1)], {}, ["labels do not fit", "bool"]),
+        ([(data(8)[0], data(8)[1].view(8, 1))], {}, ["labels do not fit the net", "(8, 1)"]),
+        ([(*data(8), None)], {}, ["not a batch", "3 parts", "(images, labels)"]),
+        ([{"images": 1}], {}, ["not a batch", "dict"]),
+        ([tuple(t.numpy() for t in data(8))], {}, ["ndarray", "torch.as_tensor"]),
+        (loader(), {"val_loader": labelled(torch.full((8,), 4))}, ["labels do not fit", "labels 4 to 4"]),
+        (loader(), {"net": small_model().double().requires_grad_(False)}, ["nothing to train", "requires_grad_"]),
+        (loader(), {"config": {}}, ["config", "dict", "TrainConfig"]),
+        (loader(), {"config": replace(PLAIN_SGD, device="banana")}, ["device", "banana", "expected cpu"]),
+        (loader(), {"config": replace(PLAIN_SGD, device="cuda:99")}, ["device", "cuda:99"]),
+        (loader(), {"config": replace(PLAIN_SGD, device="meta")}, ["device", "meta"]),
+        (loader(), {"config": replace(PLAIN_SGD, opt="sdg")}, ["opt=sdg", "no such optimizer"]),
         (loader(), {"config": replace(PLAIN_SGD, opt_kwargs={"dampening": NO_JSON})}, ["config", "float32"]),
     ],
 )  # fmt: skip
@@ -476,6 +492,69 @@ def test_mistakes_are_named(train_loader, options, words):
     with pytest.raises(SteppingError) as caught:
         fit(train_loader=train_loader, **given)
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": -1}, {"epochs": 1.5}, {"lr": math.nan}, {"lr": math.inf}, {"seed": "a"}, {"device": 3},
+               {"grad_accum_steps": 0}, {"amp_dtype": "float8"}, {"clip_grad": -1.0}, {"weight_decay": -1.0}]
+)  # fmt: skip
+def test_hyperparameters_out_of_range(change):
+    with pytest.raises(SteppingError, match=f"config.{next(iter(change))}: out of range"):
+        replace(PLAIN_SGD, **change)
+
+
+def test_labels_of_other_whole_numbers_are_converted():
+    images, labels = data(8)
+    net = small_net()
+    histories = [
+        fit(copy.deepcopy(net), [(images, labels.to(kind))], config=PLAIN_SGD).epochs[-1]["train_loss"]
+        for kind in (torch.int64, torch.int32, torch.uint8)
+    ]
+    assert histories[0] == histories[1] == histories[2]
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "settings": lambda s: s.pop("settings"),
+    "random": lambda s: s.pop("random"),
+    "history": lambda s: s.update(history=None),
+    "epoch": lambda s: s.update(epoch="x"),
+    "epoch 1000000 of 2": lambda s: s.update(epoch=10**6),
+    "epoch: ": lambda s: s.update(epoch=-1),
+    "5 batches of 4": lambda s: s.update(done=5, losses=torch.zeros(3)),
+    "updates": lambda s: s["trainer"].update(updates=3),
+    "losses": lambda s: s.update(losses=torch.zeros(1)),
+    "generators": lambda s: s["random"][0].update(torch=torch.zeros(3)),
+    "0 processes": lambda s: s.update(random=[]),
+    "optimizer": lambda s: s["trainer"]["optimizer"].update(param_groups=[]),
+    "momentum_buffer": lambda s: s["trainer"]["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(1)),
+    "net": lambda s: s["trainer"].update(net=[1]),
+    "another net": lambda s: s["trainer"]["net"].pop("unit_levels"),
+    "more": lambda s: s.update(more=1),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_state_in_a_whole_checkpoint_is_refused(tmp_path, what):
+    fit(small_net(), loader(), config=PLAIN_SGD, checkpoint_dir=tmp_path)
+    state = load_checkpoint(tmp_path / CHECKPOINT)
+    DAMAGE[what](state)
+    save_checkpoint(tmp_path / CHECKPOINT, state)
+    net = small_net()
+    before = tensors(net)
+    with pytest.raises(CheckpointError) as caught:
+        fit(net, loader(), config=PLAIN_SGD, checkpoint_dir=tmp_path)
+    assert CHECKPOINT in str(caught.value) and what.replace("0 processes", "random") in str(caught.value)
+    torch.testing.assert_close(tensors(net), before, rtol=0, atol=0)
+
+
+def test_checkpoints_nested_without_end_are_refused(tmp_path):
+    from stepping_plugin.tensorfile import write_tensors
+
+    for text in ("[" * 100_000, "[]", "null", '{"$": "tensor"}', '{"$": "tuple", "items": 3}', '{"a": {"$": "dict"}}'):
+        texts = {"format": "stepping-plugin checkpoint 2", "state": text}
+        write_tensors(tmp_path / CHECKPOINT, {"x": torch.zeros(1)}, texts)
+        with pytest.raises(CheckpointError, match=CHECKPOINT):
+            load_checkpoint(tmp_path / CHECKPOINT)
 
 
 def test_the_teacher_keeps_its_mode_and_learns_nothing():

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from stepping_plugin.errors import CheckpointError, explain
+from stepping_plugin.tensorfile import is_signed, read_tensors, write_tensors
 from stepping_plugin.training.loader import derive_seed
 
 __all__ = [
+    "check_random_state",
     "differences",
     "load_checkpoint",
     "random_state",
@@ -33,7 +33,8 @@ __all__ = [
     "seed_generators",
 ]
 
-FORMAT = "stepping-plugin checkpoint 1"
+FORMAT = "stepping-plugin checkpoint 2"
+_OLDER = ("stepping-plugin checkpoint 1",)  # without checksums
 _TAG = "$"  # the key that marks what JSON cannot say
 
 
@@ -48,18 +49,9 @@ def save_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> N
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     header = json.dumps(_pack(state, "", tensors))
-    # One name, always: what a killed process leaves behind is overwritten by the next.
-    unfinished = path.with_name(path.name + ".unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
-            file.write(save(tensors, {"format": FORMAT, "state": header}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        _sync_folder(path.parent)
+        write_tensors(path, tensors, {"format": FORMAT, "state": header}, durable=True)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         kept = f"The previous checkpoint {path} is untouched." if path.exists() else "There is none yet."
         raise CheckpointError(
             f"{path}: the checkpoint cannot be written ({error.strerror or error}). {kept} "
@@ -74,28 +66,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: damaged, or no checkpoint of a training run.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise CheckpointError(explain("not a checkpoint of a training run", where=str(path)))
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return _unpack(json.loads(header["state"]), tensors)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        what, action = (
-            f"damaged checkpoint ({error})",
-            "Delete it to start anew, or take a copy that is whole.",
-        )
-        raise CheckpointError(explain(what, where=str(path), action=action)) from error
+        texts, tensors = read_tensors(Path(path))
+        if texts.get("format") not in (FORMAT, *_OLDER):
+            raise CheckpointError(explain("not a checkpoint of a training run", where=str(path)))
+        if texts["format"] == FORMAT and not is_signed(texts):
+            raise CheckpointError(f"{path}: damaged: its checksums are missing.")
+        state = _unpack(json.loads(texts["state"]), {name: tensor.clone() for name, tensor in tensors.items()})
+        if not isinstance(state, dict):
+            raise ValueError("it holds no state")
+        return state
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {ADVICE}") from None
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(explain(f"damaged checkpoint ({error})", where=str(path), action=ADVICE)) from None
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut; not every system lets a folder be opened."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+ADVICE = "Delete it to start anew, or take a copy that is whole."
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -156,12 +142,35 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Take over what `random_state` gave.
+
+    Raises:
+        CheckpointError: it is no such state; no generator was changed.
+    """
+    check_random_state(state)
     kind, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():  # another machine has other generators
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def check_random_state(state: Any) -> None:
+    """Try a random state on generators that nobody uses.
+
+    Raises:
+        CheckpointError: it is no such state.
+    """
+    try:
+        kind, keys, *rest = state["numpy"]
+        random.Random().setstate(state["python"])
+        np.random.RandomState().set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        torch.Generator().set_state(state["torch"])
+        if not all(isinstance(s, Tensor) and s.dtype == torch.uint8 for s in state["cuda"]):
+            raise TypeError("cuda: no states of generators")
+    except Exception as error:  # whatever three libraries say to it
+        raise CheckpointError(f"damaged: the state of the random generators ({error}). {ADVICE}") from None
 
 
 def seed_generators(seed: int | None, rank: int = 0) -> None:

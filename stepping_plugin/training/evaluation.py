@@ -9,6 +9,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from stepping_plugin.errors import SteppingError, explain
+from stepping_plugin.training.batches import check_target, checked_batch
 from stepping_plugin.training.losses import cross_entropy
 
 __all__ = ["AllScores", "evaluate"]
@@ -47,16 +48,21 @@ def evaluate(net: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[st
         {"accuracy": [N floats], "loss": [N floats]}
 
     Raises:
-        SteppingError: no batch.
+        SteppingError: no batch, or a batch that does not fit the net.
     """
     first, mode, scores = next(net.parameters()), net.training, AllScores(net)
     kind = torch.float32 if first.device.type == "mps" else torch.float64
     sums: Tensor | None = None
     net.eval()
     try:
-        for images, labels in loader:
+        for batch in loader:
+            images, labels = checked_batch(batch)
             found = scores(images.to(first.device, first.dtype, non_blocking=True))
             labels = labels.to(first.device, non_blocking=True)
+            if labels.dim() != 1:
+                got = f"shape {tuple(labels.shape)}"
+                raise SteppingError(explain("accuracy needs one class per image", got=got, expected="labels (B,)"))
+            check_target(labels, found)
             correct = (found.argmax(-1) == labels).sum(1).to(kind)
             loss = cross_entropy(found, labels).to(kind) * len(labels)
             counts = torch.stack([correct, loss, torch.full_like(loss, len(labels))])

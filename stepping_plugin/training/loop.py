@@ -28,6 +28,7 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from stepping_plugin.errors import CheckpointError, SteppingError, explain
+from stepping_plugin.nested.net import NestedNet
 from stepping_plugin.training.checkpoint import (
     differences,
     load_checkpoint,
@@ -39,6 +40,7 @@ from stepping_plugin.training.checkpoint import (
 from stepping_plugin.training.evaluation import evaluate
 from stepping_plugin.training.loader import EpochLoader
 from stepping_plugin.training.losses import SubnetLoss
+from stepping_plugin.training.state import RunState, validated
 from stepping_plugin.training.trainer import Batch, TrainConfig, Trainer
 
 __all__ = ["History", "TrainConfig", "Trainer", "evaluate", "fit"]
@@ -111,7 +113,9 @@ def fit(
         CheckpointError: a checkpoint cannot be written or read, or belongs to another run.
         KeyboardInterrupt: Ctrl-C, after the current update and a checkpoint. A second one stops at once.
     """
-    config = config or TrainConfig()
+    config = TrainConfig() if config is None else config
+    if not isinstance(config, TrainConfig):
+        raise SteppingError(explain("wrong type", where="config", got=type(config).__name__, expected="a TrainConfig"))
     batches = _length(train_loader)
     if config.epochs == 0:
         return History()
@@ -314,25 +318,38 @@ class _Run:
             self._write_log("w", self.history.epochs)
 
     def _resume(self, path: Path) -> None:
-        state = load_checkpoint(path)
-        changed = differences(state["settings"], self.settings)
+        content = load_checkpoint(path)
+        try:
+            self._take_over(validated(RunState, content), path)
+        except CheckpointError as error:
+            raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
+
+    def _take_over(self, state: RunState, path: Path) -> None:
+        changed = differences(state.settings, self.settings)
         if changed:
             action = "Use the old values, resume=False, or another checkpoint_dir."
             raise CheckpointError(f"{path} belongs to another run: {'; '.join(changed)}. {action}")
-        self.trainer.load_state_dict(state["trainer"])
-        self.epoch, self.done, self.history.epochs = state["epoch"], state["done"], state["history"]
-        self.losses = None if state["losses"] is None else state["losses"].to(self.trainer.device)
-        self.start = state["start"][self.rank]
+        trainer = self.trainer
+        subnets = trainer.net.num_subnets if isinstance(trainer.net, NestedNet) else 1
+        accumulated, together = trainer.config.grad_accum_steps, trainer.processes.num_processes
+        state.check(trainer.epochs, self.settings["batches per epoch"], accumulated, together, subnets)
+        trainer.load_state_dict(state.trainer)
+        self.epoch, self.done, self.history.epochs = state.epoch, state.done, state.history
+        self.losses = None if state.losses is None else state.losses.to(trainer.device)
+        self.start = state.start[self.rank]
         self._restore_random_state(self.start)  # for the loader's own generators
-        restore_random_state(state["random"][self.rank])
+        restore_random_state(state.random[self.rank])
 
     def _random_state(self) -> dict[str, Any]:
         return {**random_state(), "loader": [g.get_state() for g in self._loader_generators()]}
 
     def _restore_random_state(self, state: dict[str, Any]) -> None:
         restore_random_state(state)
-        for generator, saved in zip(self._loader_generators(), state["loader"]):
-            generator.set_state(saved)
+        try:
+            for generator, saved in zip(self._loader_generators(), state["loader"]):
+                generator.set_state(saved)
+        except (TypeError, RuntimeError) as error:
+            raise CheckpointError(f"damaged: the state of the loader's generators ({error}).") from None
 
     def _loader_generators(self) -> list[torch.Generator]:
         """Generators that an ordinary DataLoader was given."""

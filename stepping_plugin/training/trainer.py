@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from stepping_plugin.errors import CheckpointError, SteppingError, explain
+from stepping_plugin.graph.device import usable_device
 from stepping_plugin.nested.net import NestedNet
+from stepping_plugin.tensorfile import not_finite
+from stepping_plugin.training.batches import check_target, checked_batch
 from stepping_plugin.training.evaluation import AllScores, evaluate
 from stepping_plugin.training.losses import SubnetLoss
+from stepping_plugin.training.state import TrainerState, check_optimizer, validated
 from stepping_plugin.training.suppression import Suppression
 
 __all__ = ["Batch", "TrainConfig", "Trainer", "assert_same_levels", "processes"]
@@ -68,6 +73,30 @@ class TrainConfig:
     seed: int | None = 0  # of Python, numpy and torch; None: leave their generators alone
     device: str = "auto"
     checkpoint_steps: int | None = None  # save also every so many updates, not only after every epoch
+
+    def __post_init__(self) -> None:
+        whole = lambda value, least: type(value) is int and value >= least  # noqa: E731
+        number = lambda value: type(value) in (int, float) and math.isfinite(value) and value >= 0  # noqa: E731
+        fine = {
+            "epochs": (whole(self.epochs, 0), "an integer from 0"),
+            "grad_accum_steps": (whole(self.grad_accum_steps, 1), "an integer from 1"),
+            "warmup_epochs": (number(self.warmup_epochs), "a number from 0"),
+            "cooldown_epochs": (number(self.cooldown_epochs), "a number from 0"),
+            "lr": (number(self.lr), "a finite number from 0"),
+            "weight_decay": (number(self.weight_decay), "a finite number from 0"),
+            "clip_grad": (self.clip_grad is None or number(self.clip_grad), "None or a number from 0"),
+            "checkpoint_steps": (
+                self.checkpoint_steps is None or whole(self.checkpoint_steps, 0),
+                "None or an integer",
+            ),
+            "amp_dtype": (self.amp_dtype in ("bfloat16", "float16"), "bfloat16 or float16"),
+            "seed": (self.seed is None or type(self.seed) is int, "None or an integer"),
+            "device": (isinstance(self.device, (str, torch.device)), "a device, such as cpu or cuda:0"),
+        }
+        for name, (is_fine, expected) in fine.items():
+            if not is_fine:
+                got = repr(getattr(self, name))
+                raise SteppingError(explain("out of range", where=f"config.{name}", got=got, expected=expected))
 
     @classmethod
     def of(cls, section: Any, **changes: Any) -> TrainConfig:
@@ -120,7 +149,10 @@ class Trainer:
     ) -> None:
         self.net, self.config, self.mixup = net, config, mixup
         self.processes = processes(config.device)
-        self.device = self.processes.device if config.device == "auto" else torch.device(config.device)
+        self.device = self.processes.device if config.device == "auto" else usable_device(config.device)
+        if not any(p.requires_grad for p in net.parameters()):
+            action = "Call requires_grad_(True) on those that are to learn."
+            raise SteppingError(explain("nothing to train: no parameter requires a gradient", action=action))
         net.to(self.device)
         self.layout = torch.preserve_format
         if config.channels_last:
@@ -129,9 +161,7 @@ class Trainer:
         self.teacher = teacher.to(self.device).eval() if teacher is not None else None
         self.criterion = criterion or SubnetLoss(smoothing=config.smoothing)
         owner = net.model if isinstance(net, NestedNet) else net  # knows what timm asks a model about
-        self.optimizer = create_optimizer_v2(
-            owner, config.opt, config.lr, config.weight_decay, config.momentum, **config.opt_kwargs
-        )
+        self.optimizer = _optimizer(owner, config)
         self.scheduler, self.epochs = _schedule(self.optimizer, config, updates_per_epoch)
         self.suppression: Suppression | None = None
         self.subnets: Sequence[int | None] = [None]
@@ -168,7 +198,7 @@ class Trainer:
         Raises:
             SteppingError: a loss is not finite, or the batch does not fit the net.
         """
-        moved = [self._moved(*batch) for batch in batches]
+        moved = [self._moved(*checked_batch(batch)) for batch in batches]
         guides = [self._teach(images) for images, _ in moved]
         total: Tensor | None = None
         for subnet in self.subnets:
@@ -214,8 +244,7 @@ class Trainer:
         """Add a batch's gradient, of all subnets or of one; returns the losses."""
         with self._autocast():
             scores = self.scores(images)
-        if self.updates == 0:
-            _check_labels(target, scores)
+        check_target(target, scores)
         losses = self.criterion(scores, target, guide)
         self._assert_finite(losses)
         if subnet is not None:
@@ -302,18 +331,28 @@ class Trainer:
         Raises:
             CheckpointError: the state belongs to another net.
         """
-        own, theirs = self.net.state_dict(), state["net"]
-        same = {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in theirs.items()}
+        known: TrainerState = validated(TrainerState, state)
+        theirs = [known.net] if self.ema is None else [known.net, known.ema or {}]
+        if not all(map(self._same_net, theirs)):
+            raise CheckpointError("the checkpoint belongs to another net: its tensors or its levels differ.")
+        check_optimizer(self.optimizer, known.optimizer)
+        try:
+            self.optimizer.load_state_dict(known.optimizer)
+            self.scaler.load_state_dict(known.scaler)
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"damaged: the state of the optimizer ({error}).") from None
+        self.net.load_state_dict(known.net)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(theirs[1])
+        self.updates, self.lr = known.updates, known.lr
+
+    def _same_net(self, theirs: dict[str, Tensor]) -> bool:
+        """Whether tensors are those of the net in name, shape, type and levels, and finite."""
+        own = self.net.state_dict()
+        same = {k: (v.shape, v.dtype) for k, v in own.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
         if same and "unit_levels" in own:
             same = torch.equal(own["unit_levels"].cpu(), theirs["unit_levels"].cpu())
-        if not same:
-            raise CheckpointError("the checkpoint belongs to another net: its tensors or its levels differ.")
-        self.net.load_state_dict(theirs)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        self.updates, self.lr = state["updates"], state["lr"]
+        return same and not_finite(theirs) is None
 
 
 def assert_same_levels(net: NestedNet) -> None:
@@ -328,6 +367,18 @@ def assert_same_levels(net: NestedNet) -> None:
             "the levels differ between the processes. Construct the net with the same seed and data in every "
             "process, or construct it once, save it and load it everywhere."
         )
+
+
+def _optimizer(owner: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(
+            owner, config.opt, config.lr, config.weight_decay, config.momentum, **config.opt_kwargs
+        )
+    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
+        action = "Names and arguments are those of timm.optim.create_optimizer_v2."
+        raise SteppingError(
+            explain(f"no such optimizer ({error})", where=f"opt={config.opt}", action=action)
+        ) from error
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> tuple[Any, int]:
@@ -346,17 +397,3 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per
         step_on_epochs=not config.sched_on_updates,
         updates_per_epoch=updates_per_epoch,
     )
-
-
-def _check_labels(target: Tensor, scores: Tensor) -> None:
-    """Before the first update: labels that the net has no score for would fail deep inside of torch."""
-    classes, what = scores.shape[-1], "labels do not fit the net"
-    if target.is_floating_point():
-        if target.shape != scores.shape[1:]:
-            expected = f"{tuple(scores.shape[1:])}, a probability per class"
-            raise SteppingError(explain(what, got=f"shape {tuple(target.shape)}", expected=expected))
-        return
-    low, high = int(target.min()), int(target.max())
-    if low < 0 or high >= classes:
-        expected, action = f"0 to {classes - 1}", "Make the model with as many classes as the data has."
-        raise SteppingError(explain(what, got=f"labels {low} to {high}", expected=expected, action=action))
