@@ -172,14 +172,11 @@ def _check_tensors(header: NetHeader, tensors: Mapping[str, Tensor], path: objec
     for copies, following in zip(chain, [*chain[1:], None]):
         if copies.dtype != torch.int64 or copies.dim() != 1 or (len(copies) and int(copies.min()) < 0):
             raise CheckpointError(f"{path}: damaged: levels or lineage are no lists of whole numbers.")
-        if following is not None and (int(copies.max()) > len(following) or int(copies.sum()) != len(following)):
+        if following is not None and (bool((copies > len(following)).any()) or int(copies.sum()) != len(following)):
             raise CheckpointError(f"{path}: damaged: its lineage and levels do not fit together.")
     if len(header.budgets) > len(tensors["levels"]):
         raise CheckpointError(f"{path}: damaged: {len(header.budgets)} subnets of {len(tensors['levels'])} units.")
     weights = {n: t for n, t in tensors.items() if n.startswith("model.")}
-    broken = not_finite(weights) or (not_finite({"probe": tensors["probe"]}) if header.probe else None)
-    if broken:
-        raise CheckpointError(explain("weights that are not finite numbers", where=f"{path}: {broken}"))
     kinds = {t.dtype for t in weights.values() if t.is_floating_point()}
     allowed = {torch.float32, torch.float64}
     if header.version > 1:
@@ -191,6 +188,9 @@ def _check_tensors(header: NetHeader, tensors: Mapping[str, Tensor], path: objec
             explain("weights of a wrong type", where=str(path), got=", ".join(sorted(map(_plain, kinds))),
                     expected="float32 or float64")
         )  # fmt: skip
+    broken = not_finite(weights) or (not_finite({"probe": tensors["probe"]}) if header.probe else None)
+    if broken:
+        raise CheckpointError(explain("weights that are not finite numbers", where=f"{path}: {broken}"))
 
 
 def _legacy_names(header: NetHeader, weights: dict[str, Tensor]) -> None:
@@ -325,6 +325,8 @@ def _take_over(model: nn.Module, tensors: Mapping[str, Tensor], path: object) ->
                 tensor.copy_(stored)
             else:
                 tensor.data = stored.clone()
+            if _is_broken(tensor):
+                raise CheckpointError(explain("weights that are not finite numbers", where=f"{path}: {name}"))
 
 
 # ------------------------------------------------------------------------------------------------- pickle

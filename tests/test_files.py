@@ -241,7 +241,7 @@ def test_weights_that_are_no_numbers(small, saved, tmp_path, value):
         net.save(tmp_path / "net")
     assert not (tmp_path / "net").exists()
     rewrite(saved, tmp_path / "bad", lambda h, t: t["model.conv.weight"][0].fill_(value))
-    with pytest.raises(CheckpointError, match=r"not finite|no numbers"):
+    with pytest.raises(CheckpointError, match="not finite"):
         load(tmp_path / "bad", Small())
 
 

@@ -60,7 +60,7 @@ class RunState(_Strict):
             f"a history of {len(self.history)} epochs, {self.epoch} completed": len(self.history) != self.epoch,
             f"{self.trainer.get('updates')} updates, expected {updates}": self.trainer.get("updates") != updates,
             "losses": (losses is None) != (self.done == 0)
-            or (losses is not None and (losses.shape != (subnets,) or not bool(losses.isfinite().all()))),
+            or (losses is not None and (losses.shape != (subnets,) or not _are_numbers(losses))),
             f"random states of {len(self.random)} processes": not len(self.random) == len(self.start) == processes,
         }
         if named := [what for what, is_wrong in wrong.items() if is_wrong]:
@@ -71,6 +71,10 @@ class RunState(_Strict):
             check_random_state(state)
             if not isinstance(state.get("loader"), list):
                 raise CheckpointError(f"damaged: the state of the loader's generators. {ADVICE}")
+
+
+def _are_numbers(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float32, torch.float64) and bool(tensor.isfinite().all())
 
 
 def validated(kind: type[Any], state: Mapping[str, Any]) -> Any:
@@ -105,7 +109,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) 
         for own, group in zip(optimizer.param_groups, state["param_groups"]):
             if wrong := [k for k in own if k != "params" and not _alike(own[k], group[k])]:
                 raise ValueError(f"{wrong[0]} is {group[wrong[0]]!r}")
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"damaged: the state of the optimizer ({error}).") from None
 
 
