@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -185,13 +183,6 @@ class Engine(ProgramSet):
 
     # ------------------------------------------------------------------------------------------ files
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Engines are pickled, copied and sent to other processes as the bytes of their file."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "engine.safetensors"
-            self.save(path)
-            return _from_bytes, (path.read_bytes(), str(self.device))
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the engine to one file (tensors and JSON, no pickle); read it with `engine.load_engine`."""
         save_engine(self, path)
@@ -238,14 +229,6 @@ def _checked_deadline(deadline: float | None) -> float:
 
 
 # ------------------------------------------------------------------------------------------------- compiling
-
-
-def _from_bytes(data: bytes, device: str) -> Engine:
-    """The engine of a file's content. The net that it was made from is not watched for changes any more."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "engine.safetensors"
-        path.write_bytes(data)
-        return load_engine(path, device=device)
 
 
 def compile_engine(net: NestedNet, *, compile: bool | Mapping[str, Any] = False) -> Engine:
