@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stepping_plugin.construction.config import ConstructionConfig
 from stepping_plugin.construction.flow import Construction
 from stepping_plugin.construction.importance import discount_copies
-from stepping_plugin.construction.landing import find_plugs
+from stepping_plugin.construction.plugs import find_plugs
 from stepping_plugin.construction.start import endless, start_network
 from stepping_plugin.construction.unstructured import UnstructuredPruning
 from stepping_plugin.errors import BudgetError, CheckpointError, SteppingError
@@ -170,7 +170,8 @@ def test_every_subnet_lands_on_its_budget(flow, band, importance):
     run = construction(flow=flow, band=band, importance=importance, iterations=4, expansion=1.7)
     net = run.run()
     assert_landed(net)
-    assert len(net.notes) <= (flow == "paper")  # which leaves subnet 4 too few units
+    about_macs = [note for note in net.notes if "new weights" not in note]
+    assert len(about_macs) <= (flow == "paper")  # which leaves subnet 4 too few units
     assert net.macs == run.net.macs and int(net.levels.max()) == N and not net.training
     assert not find_plugs(net.analysis, net.levels, N)
     with torch.no_grad():

@@ -13,7 +13,8 @@ from torch import nn
 from stepping_plugin import BudgetError, ConstructionConfig, SteppingError, apply_steppingnet
 from stepping_plugin.construction.counts import CountModel, UnitClasses
 from stepping_plugin.construction.importance import discount_copies, magnitude_scores
-from stepping_plugin.construction.landing import Planner, cut_off_groups, find_plugs, head_units, land
+from stepping_plugin.construction.landing import Planner, land
+from stepping_plugin.construction.plugs import cut_off_groups, find_plugs, head_units
 from stepping_plugin.construction.policies import POLICIES, assign
 from stepping_plugin.construction.uniform import needed_widening, uniform_band
 from stepping_plugin.construction.widening import widen

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import SteppingError, nearest
 from .importance import COPY
-from .uniform import BAND
+from .uniform import BAND, INCREMENTS
 
 __all__ = ["ConstructionConfig"]
 
@@ -47,6 +47,10 @@ class ConstructionConfig:
         beta: suppression of weight updates (III-A2); 1: none.
         threshold: weights of smaller magnitude are pruned after every iteration; 0: none.
         band: least and greatest width of a layer relative to the uniform pattern; None: free.
+        increments: least and greatest number of units that a level adds to a layer, relative to the uniform pattern;
+            None: free. Without a band it has no effect.
+        rebirth: after the landing, units that never fire get new incoming weights, see `rebirth.revive`. The flow
+            "paper" knows none.
         updates: "joint" (one pass for all subnets) or "sequential" (the paper's ascending order).
         opt, lr, momentum, weight_decay, clip_grad, grad_accum_steps, amp, amp_dtype: see
             `training.TrainConfig`.
@@ -69,6 +73,8 @@ class ConstructionConfig:
     beta: float = 0.9
     threshold: float = 1e-5
     band: tuple[float, float] | None = BAND
+    increments: tuple[float, float] | None = INCREMENTS
+    rebirth: bool = True
     updates: str = "joint"
     opt: str = "sgd"
     lr: float = 0.05
@@ -127,16 +133,17 @@ class ConstructionConfig:
                 continue
             if not (_is_number(value) and fine(value)):
                 problems.append(f"{name}: got {value!r}, expected {expected}")
-        if not self._band_is_fine():
-            problems.append(f"band: got {self.band!r}, expected (low, high) with 0 <= low <= 1 <= high, or None")
+        for name in ("band", "increments"):
+            value = getattr(self, name)
+            if value is not None and not _is_around_one(value):
+                problems.append(f"{name}: got {value!r}, expected (low, high) with 0 <= low <= 1 <= high, or None")
         return problems
 
-    def _band_is_fine(self) -> bool:
-        if self.band is None:
-            return True
-        if not isinstance(self.band, (tuple, list)) or len(self.band) != 2 or not all(map(_is_number, self.band)):
-            return False
-        return 0 <= self.band[0] <= 1 <= self.band[1]
+
+def _is_around_one(band: Any) -> bool:
+    if not isinstance(band, (tuple, list)) or len(band) != 2 or not all(map(_is_number, band)):
+        return False
+    return 0 <= band[0] <= 1 <= band[1]
 
 
 def _is_whole(value: Any) -> bool:

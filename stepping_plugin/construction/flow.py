@@ -47,13 +47,17 @@ from .config import ConstructionConfig
 from .counts import UnitClasses
 from .gradient_importance import GradientImportance
 from .importance import discount_copies, magnitude_scores
-from .landing import LandingResult, Planner, cut_off_groups, find_plugs, result_of, settle
+from .landing import LandingResult, Planner, result_of, settle
+from .plugs import cut_off_groups, find_plugs
+from .rebirth import revive
 from .start import endless
 from .trajectory import narrow, narrowing_band
 from .uniform import Band, uniform_band
 from .unstructured import UnstructuredPruning
 
 __all__ = ["Construction"]
+
+PICTURES = 512  # on which dead units are looked for
 
 
 class Construction:
@@ -95,7 +99,9 @@ class Construction:
         self.classes = UnitClasses(net.analysis, net.macs_model, small=net.num_subnets)
         self.band: Band | None = None
         if self.config.band is not None:
-            self.band = uniform_band(net.analysis, net.macs_model, net.budgets, self.config.band)
+            self.band = uniform_band(
+                net.analysis, net.macs_model, net.budgets, self.config.band, self.config.increments
+            )
         self.evaluator: GradientImportance | None = None
         if self.config.importance in ("per-sample", "per-batch"):
             self.evaluator = GradientImportance(net, self.config.importance, partial(reduce, reduction="mean"))
@@ -250,6 +256,7 @@ class Construction:
         notes: list[str] = []
         for i, budget in enumerate(net.budgets, start=1):
             planner.narrow(i)
+            planner.widen(i)
             notes += settle(planner, i, budget)
         result = result_of(planner, analysis, net.macs_model, notes)
         if plugs := len(find_plugs(analysis, result.levels, n)):
@@ -260,8 +267,25 @@ class Construction:
             result.notes.append(f"subnet {i} has new units in {', '.join(names)} that it does not use: {reason}")
         self._assign(result.levels)
         net.notes += result.notes
+        if self.config.rebirth and self.config.flow != "paper":
+            self._revive()
         self._cool_down()
         return result
+
+    def _revive(self) -> None:
+        """Give dead units new weights; levels that have nothing but dead units must not stay."""
+        first = next(self.net.parameters())
+        pictures: list[Tensor] = []
+        while sum(map(len, pictures)) < PICTURES / self.trainer.processes.num_processes:
+            pictures.append(next(self.stream)[0].to(self.trainer.device, first.dtype))
+        life, notes = revive(self.net, pictures, self.seed, partial(reduce, reduction="mean"))
+        self.net.notes += notes
+        if plugs := find_plugs(self.net.analysis, self.net.levels, self.net.num_subnets, life.alive()):
+            raise BudgetError(
+                f"subnet {plugs[0].subnet} would give the scores of subnet {plugs[0].subnet - 1}: all units of its own "
+                f"that the classifier reads ({', '.join(plugs[0].groups)}) are dead, on {PICTURES} training pictures. "
+                "Check the pictures and the learning rate of the construction."
+            )
 
     def _cool_down(self) -> None:
         """Train without moves at a falling learning rate: synapses of the units moved last are new."""

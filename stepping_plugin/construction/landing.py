@@ -2,8 +2,7 @@
 
 Subnets are settled in ascending order: MACs of subnet i depend only on the units of levels <= i, so a subnet
 that holds stays as it is while the larger ones are settled. `Planner` is the moving part, for policies and
-for construction; `land` brings any level vector onto its budgets; `find_plugs` finds subnets that cannot
-differ from the one before.
+for construction; `land` brings any level vector onto its budgets.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError
-from ..graph.labels import Role
 from ..units.analysis import Analysis
 from ..units.levels import check_scores
 from ..units.macs import MacModel
 from .counts import Array, CountModel, UnitClasses, to_array
+from .plugs import find_plugs, head_units
 from .uniform import Band, uniform_band
 
-__all__ = ["LandingResult", "Planner", "Plug", "cut_off_groups", "find_plugs", "head_units", "land"]
+__all__ = ["LandingResult", "Planner", "land", "result_of", "settle"]
 
 ENOUGH = 0.99  # a subnet that costs less than this share of its budget needs a reason
 GOAL = 0.998  # landing stops adding here: the last permille would go to whatever is cheap, against the score
@@ -41,17 +40,6 @@ class LandingResult:
     levels: Tensor
     macs: list[int]
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Plug:
-    """Subnet `subnet` gives the scores of the one before: the classifier reads none of its new units.
-
-    `groups` are the groups that the classifier reads, where a unit of this level is missing.
-    """
-
-    subnet: int
-    groups: list[str]
 
 
 class Planner:
@@ -131,10 +119,10 @@ class Planner:
         upper = np.maximum(self.classes.width_size - new[:, subnet:].sum(1), before)
         lower = np.maximum(np.minimum(before + new[:, subnet - 1], upper), self.locked_count)
         if tier <= NEAR_BAND and self.band is not None:
-            least, most = self.band.lower[:, subnet - 1], self.band.upper[:, subnet - 1]
-            if tier == NEAR_BAND:
-                least, most = least - np.ceil(NEAR * least), most + np.ceil(NEAR * most)
-            lower = np.maximum(lower, np.minimum(least, upper))
+            give = NEAR if tier == NEAR_BAND else 0.0
+            least, most, own = (b[:, subnet - 1] for b in (self.band.lower, self.band.upper, self.band.most))
+            lower = np.maximum(lower, np.minimum(least - np.ceil(give * least), upper))
+            most = np.minimum(most + np.ceil(give * most), before + own + np.ceil(give * own))
             upper = np.minimum(upper, most)
         return lower, np.maximum(upper, lower)
 
@@ -170,6 +158,18 @@ class Planner:
         units = units[np.argsort(self.scores[units], kind="stable")]
         quota = self.width_counts()[:, 1 : subnet + 1].sum(1) - upper
         self._move(self._allowed(units, quota), subnet + 1)
+
+    def widen(self, subnet: int) -> None:
+        """Move the most important units of every width that is below its band into the subnet, from the next levels."""
+        if self.band is None:
+            return
+        for source in range(subnet + 1, self.n + 2):
+            lower, _ = self.limits(subnet)
+            counts = self.width_counts()
+            leaves = counts[:, source] - (self._new(IN_BAND)[:, source - 1] if source <= self.n else 0)
+            quota = np.minimum(lower - counts[:, 1 : subnet + 1].sum(1), leaves)
+            units = self._ranked((self.unit_levels == source) & ~self.locked)
+            self._move(self._allowed(units[np.argsort(-self.scores[units], kind="stable")], quota), subnet)
 
     def fill(self, subnet: int, budget: int, goal: float, tier: int = IN_BAND) -> bool:
         """Move units of highest value into `subnet` until its MACs are at least `goal`.
@@ -336,7 +336,12 @@ def _around(planner: Planner, band: Band) -> Band:
     """A band widened so far that the planner's levels lie inside it."""
     new = planner.width_counts()[:, 1 : planner.n + 1]
     inside = new.cumsum(1)
-    return Band(np.minimum(band.lower, inside), np.maximum(band.upper, inside), np.minimum(band.new, new))
+    return Band(
+        np.minimum(band.lower, inside),
+        np.maximum(band.upper, inside),
+        np.minimum(band.new, new),
+        np.maximum(band.most, new),
+    )
 
 
 def result_of(planner: Planner, analysis: Analysis, macs_model: MacModel, notes: list[str]) -> LandingResult:
@@ -386,64 +391,3 @@ def _shortfall(planner: Planner, subnet: int, budget: int) -> str:
     if added[smallest] > budget - planner.macs(subnet):
         return text + f"the smallest unit that could be added ({name}) costs {added[smallest] / budget:.1%} of it."
     return text + "the other units are needed so that the larger subnets differ from it."
-
-
-# ------------------------------------------------------------------------------------------------- plugs
-
-
-def head_units(analysis: Analysis) -> Tensor:
-    """Units whose values the class scores read directly, BoolTensor (num_units,).
-
-    That is what enters the part of the graph that is evaluated once per subnet: inputs of the classifier, and
-    of statistics over channels that lead to it.
-    """
-    read = torch.zeros(analysis.num_units, dtype=torch.bool)
-    program = analysis.eval_program
-    pending, seen = [program.output], set()
-    while pending:
-        node = pending.pop()
-        for source in node.all_input_nodes:
-            if source in seen:
-                continue
-            seen.add(source)
-            units = source.meta.get("units")
-            if source.meta.get("per_level"):
-                pending.append(source)
-            elif units is not None:
-                read[units[units >= 0]] = True
-    return read
-
-
-def find_plugs(analysis: Analysis, levels: Tensor, n: int) -> list[Plug]:
-    """Subnets 2..n that cannot differ from the one before: the classifier reads no unit of their level.
-
-    A unit of level i is read by units of levels >= i only (nesting rule), so what is new in subnet i reaches
-    the class scores through a classifier input of exactly level i; if there is one, the scores differ.
-    """
-    head = head_units(analysis)
-    read = [g.name for g in analysis.groups if bool(head[g.units].any())]
-    return [Plug(i, read) for i in range(2, n + 1) if not bool((head & (levels == i)).any())]
-
-
-def cut_off_groups(analysis: Analysis, levels: Tensor, n: int) -> dict[int, list[str]]:
-    """Groups with units that their own subnet pays for without using them, per level.
-
-    Where a layer got no unit of level i, units of level i before it are not read in subnet i. They are not
-    lost (larger subnets may read them), but subnet i has nothing from them.
-    """
-    head = head_units(analysis)
-    pairs = [(x.out_units, x.in_units) for x in analysis.layers if x.role == Role.CHANNELS][::-1]
-    found: dict[int, list[str]] = {}
-    for level in range(2, n + 1):
-        own = levels == level
-        used, before = head & own, -1
-        while int(used.sum()) != before:
-            before = int(used.sum())
-            for outputs, inputs in pairs:
-                if bool(used[outputs[outputs >= 0]].any()):
-                    used[inputs[inputs >= 0]] = True
-            used &= own
-        names = [g.name for g in analysis.groups if bool((own & ~used)[g.units].any())]
-        if names:
-            found[level] = names
-    return found

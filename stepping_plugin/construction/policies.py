@@ -20,8 +20,9 @@ from ..units.levels import check_budgets, check_scores, locked_units, pins_sente
 from ..units.macs import MacModel
 from .counts import UnitClasses
 from .importance import discount_copies
-from .landing import LandingResult, Planner, find_plugs, land, result_of, settle
-from .uniform import BAND, Band, needed_widening, positions, uniform_band, uniform_levels
+from .landing import LandingResult, Planner, land, result_of, settle
+from .plugs import find_plugs
+from .uniform import BAND, INCREMENTS, Band, needed_widening, positions, uniform_band, uniform_levels
 
 __all__ = ["POLICIES", "Problem", "assign"]
 
@@ -36,6 +37,7 @@ class Problem:
     scores: Tensor
     generator: torch.Generator
     relative_band: tuple[float, float] = BAND
+    increments: tuple[float, float] | None = INCREMENTS
     copies: Tensor | None = None  # made by widening of every original unit, lying side by side
 
 
@@ -47,6 +49,7 @@ def assign(
     policy: str = "steppingnet",
     generator: torch.Generator | None = None,
     relative_band: tuple[float, float] = BAND,
+    increments: tuple[float, float] | None = INCREMENTS,
     reference_macs: int | None = None,
     lineage: Sequence[Tensor] = (),
 ) -> LandingResult:
@@ -60,6 +63,7 @@ def assign(
         policy: "steppingnet", "any-width" or "random".
         generator: for "random"; seed 0 by default.
         relative_band: for "steppingnet": least and most units of a width, relative to the uniform pattern.
+        increments: the same for the units that a level adds; None: free.
         reference_macs: M_t, for percentages in messages; the whole network's MACs by default.
         lineage: `net.lineage`; tells which units of a widened network are copies.
 
@@ -82,7 +86,8 @@ def assign(
     check_budgets(analysis, macs_model, budgets, reference_macs or macs_model.total)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     copies = lineage[-1] if lineage else None
-    result = POLICIES[policy](Problem(analysis, macs_model, budgets, scores, generator, relative_band, copies))
+    problem = Problem(analysis, macs_model, budgets, scores, generator, relative_band, increments, copies)
+    result = POLICIES[policy](problem)
     _refuse_plugs(analysis, budgets, result)
     return result
 
@@ -112,12 +117,12 @@ def steppingnet(problem: Problem) -> LandingResult:
 
     For every subnet in ascending order: units leave by value (share of their group's importance per MAC
     saved) until the budget holds; second copies of a widened unit count for less. Each width stays within 0.8 to
-    1.25 times the uniform one, and gets new units in every subnet.
+    1.25 times the uniform one, and what a level adds to it within 0.5 to 1.5 times.
     """
     analysis, macs_model, budgets = problem.analysis, problem.macs_model, problem.budgets
     scores = problem.scores if problem.copies is None else discount_copies(problem.scores, problem.copies)
     locked = locked_units(analysis, scores)
-    band = uniform_band(analysis, macs_model, budgets, problem.relative_band)
+    band = uniform_band(analysis, macs_model, budgets, problem.relative_band, problem.increments)
     start = torch.ones(analysis.num_units, dtype=torch.long)
     planner = Planner(analysis, macs_model, start, len(budgets), scores, locked, band)
     notes: list[str] = []
@@ -146,6 +151,7 @@ def any_width(problem: Problem) -> LandingResult:
         np.floor(width).astype(np.int64),
         np.ceil(width).astype(np.int64),
         np.zeros(width.shape, dtype=np.int64),
+        np.ceil(width).astype(np.int64),
     )
     result = land(analysis, macs_model, levels, budgets, prefix, locked_units(analysis, prefix), band)
     _add_widening(result.notes, problem, len(budgets))

@@ -25,8 +25,9 @@ from ..units.witness import find_units
 from .config import ConstructionConfig
 from .expansion import least_expansion
 from .importance import magnitude_scores
-from .landing import LandingResult, head_units
+from .landing import LandingResult
 from .original import check_model, private_copy, reference_notes, structure_notes
+from .plugs import head_units
 from .policies import assign
 from .widening import reinitialise, widen
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .counts import UnitClasses
+from .counts import Array, UnitClasses
 from .uniform import Band
 
 __all__ = ["narrow", "narrowing_band"]
@@ -23,12 +23,15 @@ def narrowing_band(band: Band, classes: UnitClasses, progress: float) -> Band:
         progress: 0 (no upper bounds) to 1 (the given ones).
     """
     size = classes.width_size[:, None]
-    upper = size * (np.minimum(band.upper, size) / size) ** progress
-    return Band(band.lower, np.ceil(upper - 1e-9).astype(np.int64), np.zeros_like(band.new))
+
+    def coming_down(bound: Array) -> Array:
+        return np.ceil(size * (np.minimum(bound, size) / size) ** progress - 1e-9).astype(np.int64)
+
+    return Band(band.lower, coming_down(band.upper), np.zeros_like(band.new), coming_down(band.most))
 
 
 def narrow(levels: Tensor, i: int, band: Band, classes: UnitClasses, scores: Tensor, locked: Tensor) -> Tensor:
-    """Levels after the least important units have left subnet i wherever a width is above its upper bound.
+    """Levels after the least important units have left subnet i wherever a width is above an upper bound.
 
     Args:
         levels: LongTensor (num_units,); not modified.
@@ -38,8 +41,11 @@ def narrow(levels: Tensor, i: int, band: Band, classes: UnitClasses, scores: Ten
         scores: (num_units,) importance.
         locked: BoolTensor (num_units,), units that stay.
     """
-    width, upper = classes.width[classes.of_unit], band.upper[:, i - 1]
-    excess = np.bincount(width[(levels <= i).numpy()], minlength=len(upper)) - upper
+    width, upper, most = classes.width[classes.of_unit], band.upper[:, i - 1], band.most[:, i - 1]
+    excess = np.maximum(
+        np.bincount(width[(levels <= i).numpy()], minlength=len(upper)) - upper,
+        np.bincount(width[(levels == i).numpy()], minlength=len(most)) - most,
+    )
     units = ((levels == i) & ~locked).nonzero().flatten().numpy()
     units = units[np.lexsort((scores.numpy()[units], width[units]))]
     rank = np.arange(len(units)) - np.searchsorted(width[units], width[units])

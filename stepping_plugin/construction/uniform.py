@@ -17,22 +17,23 @@ from ..units.levels import locked_units
 from ..units.macs import MacModel
 from .counts import Array, CountModel, UnitClasses
 
-__all__ = ["Band", "needed_widening", "positions", "uniform_band", "uniform_levels"]
+__all__ = ["BAND", "INCREMENTS", "Band", "needed_widening", "positions", "uniform_band", "uniform_levels"]
 
 BAND = (0.8, 1.25)  # how far a width may be from the uniform one at the same budget
-NEW = 0.5  # least new units of a width, relative to the uniform pattern: no width may be nearly a plug
+INCREMENTS = (0.5, 1.5)  # the same for the new units of a level: no width may be nearly a plug, or swallow a budget
 
 
 @dataclass
 class Band:
     """Bounds on every width: arrays (W, N), column i - 1 for subnet i.
 
-    `lower` and `upper` bound the units of levels <= i; `new` is the least number of units of level i itself.
+    `lower` and `upper` bound the units of levels <= i, `new` and `most` those of level i itself.
     """
 
     lower: Array
     upper: Array
     new: Array
+    most: Array
 
 
 def uniform_levels(analysis: Analysis, macs_model: MacModel, budgets: Sequence[int]) -> tuple[Tensor, Array]:
@@ -107,14 +108,30 @@ def positions(classes: UnitClasses, first: Array | None = None) -> tuple[Array, 
 
 
 def uniform_band(
-    analysis: Analysis, macs_model: MacModel, budgets: Sequence[int], relative: tuple[float, float] = BAND
+    analysis: Analysis,
+    macs_model: MacModel,
+    budgets: Sequence[int],
+    relative: tuple[float, float] = BAND,
+    increments: tuple[float, float] | None = INCREMENTS,
 ) -> Band:
-    """Bounds on every width: `relative` times its units in the uniform pattern, rounded outwards."""
+    """Bounds on every width, rounded outwards.
+
+    Args:
+        relative: least and greatest number of units of levels <= i, as multiples of the uniform pattern's.
+        increments: the same for the units of level i itself; None: free.
+    """
     shares = uniform_levels(analysis, macs_model, budgets)[1]
     width = UnitClasses(analysis, macs_model, small=len(budgets)).width_size[:, None] * shares
-    lower, upper = np.floor(relative[0] * width), np.ceil(relative[1] * width)
-    new = np.floor(NEW * np.diff(width, axis=1, prepend=0))
-    return Band(np.maximum(lower, 1).astype(np.int64), np.maximum(upper, 1).astype(np.int64), new.astype(np.int64))
+    step = np.diff(width, axis=1, prepend=0)
+    upper = np.maximum(np.ceil(relative[1] * width), 1)
+    least, most = (0.0, np.inf) if increments is None else increments
+    bounds = (
+        np.maximum(np.floor(relative[0] * width), 1),
+        upper,
+        np.floor(least * step),
+        np.minimum(np.maximum(np.ceil(most * step), 1), upper),
+    )
+    return Band(*(bound.astype(np.int64) for bound in bounds))
 
 
 def needed_widening(analysis: Analysis, macs_model: MacModel, budgets: Sequence[int]) -> float:

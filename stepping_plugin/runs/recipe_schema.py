@@ -204,6 +204,10 @@ class Construction(Optimisation):
     band: tuple[float, float] | None = key(
         (0.8, 1.25), "least and greatest width of a layer relative to the uniform pattern; null: free"
     )
+    increments: tuple[float, float] | None = key(
+        (0.5, 1.5), "the same for the units that a level adds; null: free; without a band: no effect"
+    )
+    rebirth: bool = key(True, "after the last moves, units that never fire get new incoming weights")
     updates: Literal["joint", "sequential"] = key("joint", "one pass for all subnets, or the paper's ascending order")
     reconstruct: int = key(
         1000,
@@ -211,7 +215,7 @@ class Construction(Optimisation):
         ge=0,
     )
 
-    @field_validator("band")
+    @field_validator("band", "increments")
     @classmethod
     def _around_one(cls, band: tuple[float, float] | None) -> tuple[float, float] | None:
         if band is not None and not 0 <= band[0] <= 1 <= band[1]:

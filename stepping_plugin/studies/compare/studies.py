@@ -85,6 +85,8 @@ _STRUCTURE = frozenset(  # of nested nets; other methods take the number of upda
         "beta",
         "threshold",
         "band",
+        "increments",
+        "rebirth",
         "updates",
     ]
 )
