@@ -28,9 +28,9 @@ ENOUGH = 0.99  # a subnet that costs less than this share of its budget needs a 
 GOAL = 0.998  # landing stops adding here: the last permille would go to whatever is cheap, against the score
 
 # How much a move may disturb, from gentle to bare. The next one is tried only if the one before did not do.
-IN_BAND, NEAR_BAND, NEW_UNITS, NEW_HEAD_UNITS, LOCKS_ONLY = TIERS = range(5)
+GIVES = (0.0, 0.1, 0.3, 0.5)  # the band first, then bounds that give up so much: what is left goes to all widths alike
+IN_BAND, *_, NEW_UNITS, NEW_HEAD_UNITS, LOCKS_ONLY = TIERS = range(len(GIVES) + 3)
 BATCH = 0.25  # share of the distance to the target that is covered at once, before values are computed anew
-NEAR = 0.1  # how much of a bound `NEAR_BAND` gives up
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Planner:
         elif tier == LOCKS_ONLY:
             required[:] = False
         new = np.repeat(required[:, None].astype(np.int64), self.n, axis=1)
-        return np.maximum(new, self.band.new) if tier <= NEAR_BAND and self.band is not None else new
+        return np.maximum(new, self.band.new) if tier < NEW_UNITS and self.band is not None else new
 
     def limits(self, subnet: int, tier: int = IN_BAND) -> tuple[Array, Array]:
         """Lowest and highest cumulative number of units of every width in a subnet, (W,) each."""
@@ -118,8 +118,8 @@ class Planner:
         before = self.width_counts()[:, 1:subnet].sum(1)
         upper = np.maximum(self.classes.width_size - new[:, subnet:].sum(1), before)
         lower = np.maximum(np.minimum(before + new[:, subnet - 1], upper), self.locked_count)
-        if tier <= NEAR_BAND and self.band is not None:
-            give = NEAR if tier == NEAR_BAND else 0.0
+        if tier < NEW_UNITS and self.band is not None:
+            give = GIVES[tier]
             least, most, own = (b[:, subnet - 1] for b in (self.band.lower, self.band.upper, self.band.most))
             lower = np.maximum(lower, np.minimum(least - np.ceil(give * least), upper))
             most = np.minimum(most + np.ceil(give * most), before + own + np.ceil(give * own))
