@@ -60,6 +60,7 @@ class Reconstruction:
         return "\n".join([*lines, *self.notes])
 
 
+@torch.inference_mode(False)  # wherever it is called: the classifier is fitted by gradients
 @torch.no_grad()
 def reconstruct(
     net: SteppingNet,
