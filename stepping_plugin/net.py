@@ -50,7 +50,7 @@ class SteppingNet(NestedNet):
         """Write the net to one file (tensors and JSON, no pickle); read it with `stepping_plugin.load`."""
         write_net(self, path)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """pickle, `torch.save` and new processes take the net through its file, see `serialization.pack_net`."""
         return _unpack, pack_net(self)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,9 @@ from ..graph.weights import is_direct, weight_key
 from ..units.analysis import Analysis
 from ..units.levels import channel_levels
 from .build import NestedGraph, build_nested
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["NestedModule", "direct_weights", "sliced_copy", "weight_layouts"]
 
@@ -126,11 +129,15 @@ class NestedModule(nn.Module):
         self.check_structure()
         return super().state_dict(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NestedModule:
-        result = self.__class__.__new__(self.__class__)
-        memo[id(self)] = result
-        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return result
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __copy__(self) -> Self:
+        made = type(self).__new__(type(self))
+        made.__setstate__(dict(self.__dict__))
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = type(self).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -160,23 +159,6 @@ class NestedNet(NestedModule):
             SteppingError: another image size, or train mode of a net that was made for inference only.
         """
         return self.run(x)
-
-    # ------------------------------------------------------------------------------------------ copies
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self._copied(copy.deepcopy(self.__dict__, self._shell(memo)), memo)
-
-    def __copy__(self) -> Self:
-        return self._copied(dict(self.__dict__), self._shell({}))
-
-    def _shell(self, memo: dict[int, Any]) -> dict[int, Any]:
-        memo[id(self)] = type(self).__new__(type(self))
-        return memo
-
-    def _copied(self, state: dict[str, Any], memo: dict[int, Any]) -> Self:
-        made = memo[id(self)]
-        made.__setstate__(state)
-        return made
 
 
 def check_levels(levels: Tensor, analysis: Analysis, n: int) -> Tensor:
