@@ -154,7 +154,7 @@ def test_engines_reach_other_processes(net, x):
 def test_nets_are_copied_and_what_cannot_be_pickled_says_the_way_out(net, x):
     for module in (net, net.extract(1)):
         assert torch.equal(copy.deepcopy(module)(x), module(x))
-        with pytest.raises(SteppingError, match=r"cannot be pickled.*net.save\(path\).*load\(path\)"):
+        with pytest.raises(SteppingError, match=r"cannot be pickled.*net.save\(path\).*load\(path"):
             pickle.dumps(module)
         with pytest.raises(SteppingError, match="cannot be pickled"):
             torch.save(module, io.BytesIO())

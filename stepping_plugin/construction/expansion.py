@@ -33,8 +33,10 @@ def least_expansion(analysis: Analysis, budgets: Sequence[int]) -> float:
     Returns:
         A factor from 1 up, see `widening.widen`.
     """
-    factor = 1.0
-    missing = {factor: ROOM * needed_widening(analysis, MacModel(analysis), budgets)}
+    needed = needed_widening(analysis, MacModel(analysis), budgets)
+    if needed <= 1:
+        return 1.0
+    factor, missing = 1.0, {1.0: ROOM * needed}
     while missing[factor] > 1 and factor < LARGEST:
         further = max(factor * missing[factor], factor + STEP)
         factor = min(LARGEST, round(math.ceil(further / STEP - 1e-6) * STEP, 2))

@@ -98,12 +98,17 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) 
     """
     parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
     try:
+        first: dict[str, Any] = next(iter(state["state"].values()), {})
         for number, entry in state["state"].items():
+            if entry.keys() != first.keys():
+                raise ValueError(f"parameter {number} has {sorted(entry)}, others {sorted(first)}")
             for name, value in entry.items():
                 if not isinstance(value, Tensor):
                     continue
                 if not bool(value.isfinite().all()):
                     raise ValueError(f"{name} of parameter {number} is not finite")
+                if name == "step" and (value.numel() != 1 or not value.is_floating_point()):
+                    raise ValueError(f"step of parameter {number} is no number")
                 if name in _LIKE_THE_PARAMETER and value.shape != parameters[number].shape:
                     raise ValueError(f"{name} of parameter {number} has shape {tuple(value.shape)}")
         for own, group in zip(optimizer.param_groups, state["param_groups"]):
