@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .program import Program, op_name
+from .program import Program, is_random, op_name
 
 __all__ = ["describe", "draws", "first_difference"]
 
@@ -37,7 +37,7 @@ def describe(program: Program) -> tuple[list[str], list[list[float]]]:
 
 def draws(graph: fx.Graph) -> bool:
     """Whether a graph draws random numbers."""
-    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes)
+    return any(is_random(node) for node in graph.nodes)
 
 
 class _Description:

@@ -74,13 +74,16 @@ def is_static(node: Any) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether an operator draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether an operator draws random numbers; dropout that is off, or of nothing (as attention calls it), does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    idle = call_arg(node, "train", True) is False or call_arg(node, "dropout_p") == 0
+    return not (idle or ("dropout" in op_name(node) and call_arg(node, "p") == 0))
 
 
 def random_operators(program: Program) -> list[str]:
-    """What draws random numbers on the way to the scores, `operator in module`, each once. Idle dropout does not."""
-    drawing = (n for n in program.operators() if is_random(n) and call_arg(n, "train", True))
+    """What draws random numbers on the way to the scores, `operator in module`, each once."""
+    drawing = (n for n in program.operators() if is_random(n))
     return list(dict.fromkeys(f"{op_name(n)} in {n.meta.get('module') or 'forward'}" for n in drawing))
 
 
