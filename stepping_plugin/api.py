@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from .construction.config import ConstructionConfig
 from .construction.flow import Construction
-from .construction.reconstruction import reconstruct
 from .construction.start import convert, one_shot
 from .errors import SteppingError, explain
 from .graph.device import checked_seed, usable_device
 from .graph.modes import ordinary_mode
 from .graph.program import unwrap
 from .net import SteppingNet
+from .reconstruction.reconstruct import reconstruct
 
 __all__ = ["apply_steppingnet"]
 
@@ -46,7 +46,7 @@ def apply_steppingnet(
         train_loader: batches of (images, labels) for the construction of the paper (Fig. 3). None: one shot, by the
             magnitude of the weights.
         calibration: unlabelled images (P, C, H, W), or batches of them, with which the weights are fitted anew, so that
-            the subnets come near the model, see `construction.reconstruction`. None: weights stay as they are.
+            the subnets come near the model, see `reconstruction.reconstruct`. None: weights stay as they are.
         policy: "steppingnet"; or, always in one shot, "any-width" (regular pattern) or "random".
         config: knobs of the construction; without `train_loader` only its `expansion` matters (widen the network first,
             without changing its function, so that the largest subnets can use up their budgets).

@@ -16,13 +16,13 @@ from stepping_plugin.construction.config import ConstructionConfig
 from stepping_plugin.construction.counts import UnitClasses
 from stepping_plugin.construction.flow import Construction
 from stepping_plugin.construction.importance import magnitude_scores
-from stepping_plugin.construction.liveness import measure_life
 from stepping_plugin.construction.plugs import find_plugs, head_units
 from stepping_plugin.construction.policies import assign
 from stepping_plugin.construction.rebirth import can_be_reborn, revive
 from stepping_plugin.construction.start import start_network
 from stepping_plugin.construction.uniform import uniform_band, uniform_levels
 from stepping_plugin.errors import BudgetError
+from stepping_plugin.nested.liveness import measure_life
 from stepping_plugin.net import SteppingNet
 from stepping_plugin.training.loader import EpochLoader, TensorSet
 from stepping_plugin.units.analysis import analyse

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from stepping_plugin import SteppingError, SteppingNet, apply_steppingnet, verify
-from stepping_plugin.construction import fitting
-from stepping_plugin.construction import reconstruction as module
-from stepping_plugin.construction.leastsquares import Moments, Solver
-from stepping_plugin.construction.reconstruction import reconstruct
 from stepping_plugin.construction.widening import widen
+from stepping_plugin.reconstruction import fitting
+from stepping_plugin.reconstruction import reconstruct as module
+from stepping_plugin.reconstruction.leastsquares import Moments, Solver
+from stepping_plugin.reconstruction.reconstruct import reconstruct
 from stepping_plugin.units.analysis import analyse
 
 # batch norm and residual streams; attention; LayerNorm; depthwise and gates; standardised weights; plain

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 
 from ..graph.program import call_arg, named_tensors, op_name
 from ..graph.weights import weight_key
+from ..nested.liveness import Life, measure_life
 from ..nested.module import direct_weights, weight_layouts
 from ..nested.net import NestedNet
-from .liveness import Life, measure_life
 
 __all__ = ["can_be_reborn", "give_birth", "revive"]
 

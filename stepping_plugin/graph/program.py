@@ -74,7 +74,7 @@ def is_static(node: Any) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether an operator draws random numbers; dropout that is off, or of nothing (as attention calls it), does not."""
+    """Whether an operator draws random numbers. Dropout that is off, or of a share of 0 as in attention, does not."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     idle = call_arg(node, "train", True) is False or call_arg(node, "dropout_p") == 0

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from ..construction.config import ConstructionConfig
 from ..construction.flow import Construction
-from ..construction.reconstruction import reconstruct
 from ..construction.start import convert, one_shot
 from ..errors import CheckpointError, SteppingError
 from ..integrations.timm.models import named_model
 from ..net import SteppingNet, load
+from ..reconstruction.reconstruct import reconstruct
 from ..training.checkpoint import (
     load_checkpoint,
     random_state,

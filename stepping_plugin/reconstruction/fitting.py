@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from ..errors import SteppingError, explain
 from ..graph.labels import Role
 from ..graph.program import call_arg
-from ..nested.module import channel_levels
 from ..units.analysis import channel_axis, full_units
+from ..units.levels import channel_levels
 from .fits import LayerFit, NormFit
 from .leastsquares import Moments, Solver
 from .twins import Pair, Twins

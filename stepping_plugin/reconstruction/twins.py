@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from ..errors import SteppingError, explain
 from ..graph.labels import Role
 from ..graph.program import call_arg, copy_model, named_tensors
-from ..nested.module import channel_levels
-from ..net import SteppingNet
+from ..nested.net import NestedNet
 from ..units.analysis import Analysis, full_units
+from ..units.levels import channel_levels
 from ..units.witness import find_units
 from .fits import LayerFit, NormFit
 from .lockstep import Run, Walk, ancestors, inherited_positions, operands_first
@@ -39,7 +39,7 @@ class Twins:
         SteppingError: the net was not made from the original.
     """
 
-    def __init__(self, net: SteppingNet, original: nn.Module, fits: list[LayerFit | NormFit]) -> None:
+    def __init__(self, net: NestedNet, original: nn.Module, fits: list[LayerFit | NormFit]) -> None:
         self.net, self.tensors = net, named_tensors(net.model)
         self.levels, self.n = net.levels, net.num_subnets
         self.like = next(net.model.parameters())
@@ -155,7 +155,7 @@ class Twins:
         return channel_levels(self.levels, full_units(fit.node, fit.axis))
 
 
-def _nested_nodes(net: SteppingNet) -> dict[fx.Node, fx.Node]:
+def _nested_nodes(net: NestedNet) -> dict[fx.Node, fx.Node]:
     """Node of the nested eval graph for every node of the program that has one value for all subnets."""
     nodes = list(net._graphs[False].module.graph.nodes)
     return {net.analysis.eval_program.image: nodes[0], **{n.meta["source"]: n for n in nodes if "source" in n.meta}}

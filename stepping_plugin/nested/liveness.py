@@ -17,10 +17,10 @@ from torch import Tensor, fx
 
 from ..graph.labels import Role
 from ..graph.program import op_name
-from ..nested.functional import accumulate_head
-from ..nested.net import NestedNet
 from ..units.analysis import channel_axis
 from ..units.levels import channel_levels
+from .functional import accumulate_head
+from .net import NestedNet
 
 __all__ = ["FIRES", "Life", "Reading", "measure_life", "readings"]
 

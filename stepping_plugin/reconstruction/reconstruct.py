@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SteppingError, explain
-from ..net import SteppingNet
+from ..nested.net import NestedNet
 from .classifier import fit_classifier
 from .fits import LayerFit, plan
 from .fitting import FittedLayer, fit_layer, fit_norm
@@ -63,7 +63,7 @@ class Reconstruction:
 @torch.inference_mode(False)  # wherever it is called: the classifier is fitted by gradients
 @torch.no_grad()
 def reconstruct(
-    net: SteppingNet,
+    net: NestedNet,
     original: nn.Module,
     images: Tensor | Iterable[Any],
     *,
@@ -165,7 +165,7 @@ def _notes(layers: list[FittedLayer], pictures: int, limit: int) -> list[str]:
     return notes
 
 
-def _batches(images: Any, net: SteppingNet) -> Iterator[Tensor]:
+def _batches(images: Any, net: NestedNet) -> Iterator[Tensor]:
     """Images in the net's dtype and on its device, some at a time."""
     reference = next(net.model.parameters())
     empty = True
