@@ -16,7 +16,6 @@ from .graph.device import checked_seed, usable_device
 from .graph.modes import ordinary_mode
 from .graph.program import unwrap
 from .net import SteppingNet
-from .reconstruction.reconstruct import reconstruct
 
 __all__ = ["apply_steppingnet"]
 
@@ -72,7 +71,7 @@ def apply_steppingnet(
         net.take(one_shot(net, policy, seed=seed))
     net = net.train(model.training) if place is None else net.train(model.training).to(place)
     if calibration is not None:
-        net.notes += reconstruct(net, unwrap(model), calibration, seed=seed).notes
+        net.notes += net.reconstruct(unwrap(model), calibration, seed=seed).notes
     return net
 
 

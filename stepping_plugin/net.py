@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .engine import Engine, compile_engine
+from .files.headers import Contribution
 from .nested.net import NestedNet
+from .reconstruction.reconstruct import Reconstruction, reconstruct
 from .serialization import pack_net, read_net, unpack_net, write_net
 from .training.loop import History, fit
 from .training.trainer import TrainConfig
+from .views.contribution import measure_contribution
 from .views.summary import summary
 
 if TYPE_CHECKING:
@@ -36,14 +39,31 @@ class SteppingNet(NestedNet):
 
         Arguments and result: `training.loop.fit`. For a loop of your own, use `forward_all`.
         """
+        self.contribution = None
         return fit(self, train_loader, val_loader, config, **options)
 
     def deploy(self, *, compile: bool | Mapping[str, Any] = False) -> Engine:
         """Compile the incremental engine, see `engine.compile_engine`."""
         return compile_engine(self, compile=compile)
 
+    def measure(self, images: Tensor | Iterable[Tensor]) -> Contribution:
+        """Measure what every level adds, keep it in `contribution` for `summary` and files, and return it.
+
+        Args:
+            images: (B, C, H, W), or batches of them; a few hundred, such as the net is to be used with.
+        """
+        self.contribution = measure_contribution(self, [images] if isinstance(images, Tensor) else images)
+        return self.contribution
+
+    def reconstruct(self, original: nn.Module, images: Any, **options: Any) -> Reconstruction:
+        """Bring the original's values back by least squares on unlabelled images, see `reconstruction.reconstruct`."""
+        self.contribution = None
+        return reconstruct(self, original, images, **options)
+
     def summary(self) -> Group:
-        """Printable tables: MACs, budget and gap per subnet; units by level per group of layers."""
+        """Printable tables: MACs, budget and gap per subnet; units by level per group of layers; after `measure`, what
+        every level adds.
+        """
         return summary(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:

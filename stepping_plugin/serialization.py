@@ -91,6 +91,7 @@ def write_net(net: NestedNet, path: str | os.PathLike[str]) -> None:
         "dtype": _plain(_captured_type(net.analysis)),
         "programs": {mode_name(t): dict(zip(("lines", "sketches"), describe(p))) for t, p in programs.items()},
         "probe": _PROBE.model_dump() if scores is not None else None,
+        "contribution": net.contribution and net.contribution.model_dump(),
     }
     try:
         validated(NetHeader, header, path)
@@ -232,6 +233,7 @@ def _rebuild(
         net.to(next(iter(stored)))
     _take_over(net.model, weights, path)
     net.notes = list(header.notes)
+    net.contribution = header.contribution
     _compare_scores(net, header, tensors, doubt, path)
     if header.version == 1 and _WITHOUT not in net.notes:
         net.notes.append(_WITHOUT)

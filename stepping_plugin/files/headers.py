@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..errors import CheckpointError
 
-__all__ = ["EngineHeader", "NetHeader", "Probe", "ProgramText", "is_harmless", "validated"]
+__all__ = ["Contribution", "EngineHeader", "NetHeader", "Probe", "ProgramText", "is_harmless", "validated"]
 
 Count = Annotated[int, Field(ge=0, le=10**18)]
 Size = Annotated[int, Field(ge=1, le=8192)]
@@ -51,6 +51,27 @@ class Origin(_Strict):
     made_of: str | None = Field(default=None, alias="class")
 
 
+Share = Annotated[float, Field(ge=0, le=1 + 1e-9)]
+
+
+class Contribution(_Strict):
+    """What levels 1..N add, see `views.contribution`.
+
+    Attributes:
+        pictures: how many it was measured on.
+        live: per group of units, share of its units of levels 1..N that say anything (`nested.liveness`); None where
+            the group has no unit of that level.
+        scores: share of every level in the variance over pictures of the score increments o_1..o_N, where
+            o_i = scores_i - scores_(i-1).
+        changed: share of pictures whose answer changes from subnet i - 1 to i; 0 for i = 1.
+    """
+
+    pictures: Count
+    live: dict[str, list[Share | None]]
+    scores: list[Share]
+    changed: list[Share]
+
+
 class NetHeader(_Strict):
     """Header of a net. Files of version 1 lack what has a default here."""
 
@@ -69,6 +90,7 @@ class NetHeader(_Strict):
     dtype: DType | None = None
     programs: dict[str, ProgramText] | None = None
     probe: Probe | None = None
+    contribution: Contribution | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> NetHeader:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SteppingError, explain
+from ..files.headers import Contribution
 from ..units.analysis import Analysis, restrict
 from ..units.macs import MacModel
 from .module import NestedModule, sliced_copy
@@ -62,6 +63,7 @@ class NestedNet(NestedModule):
         self.origin = dict(origin or {})
         self.lineage = [c.clone() for c in lineage]
         self.notes: list[str] = []
+        self.contribution: Contribution | None = None  # measured last; see `SteppingNet.measure`
         self._active = len(self.budgets)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.register_buffer("unit_levels", torch.ones(analysis.num_units, dtype=torch.long, device=device))
@@ -100,6 +102,7 @@ class NestedNet(NestedModule):
         """
         levels = check_levels(levels, self.analysis, self.num_subnets)
         self.unit_levels.copy_(levels)
+        self.contribution = None
         self.refresh(levels)
 
     def take(self, assigned: Assigned) -> None:

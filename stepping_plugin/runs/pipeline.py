@@ -33,7 +33,6 @@ from ..construction.start import convert, one_shot
 from ..errors import CheckpointError, SteppingError
 from ..integrations.timm.models import named_model
 from ..net import SteppingNet, load
-from ..reconstruction.reconstruct import reconstruct
 from ..training.checkpoint import (
     load_checkpoint,
     random_state,
@@ -45,6 +44,7 @@ from ..training.evaluation import evaluate
 from ..training.loop import TrainConfig, fit
 from ..training.trainer import processes
 from ..verify import verify
+from ..views.contribution import idle_levels
 from ..views.summary import units_per_level
 from .data import DataBundle, build_data
 from .early_exit import answers_of, early_exit_curve
@@ -171,7 +171,7 @@ class Run:
         batches = self.data.loader("train", RECONSTRUCTION_BATCH, seed=self.recipe.seed, rank=0, world=1)
         images = torch.cat([x for x, _ in itertools.islice(batches, math.ceil(wanted / RECONSTRUCTION_BATCH))])
         say = lambda text: self._say(f"  {text}")  # noqa: E731
-        found = reconstruct(net, original, images[:wanted], seed=self.recipe.seed, say=say)
+        found = net.reconstruct(original, images[:wanted], seed=self.recipe.seed, say=say)
         net.notes += found.notes
         self.seconds["reconstruction"] = round(found.seconds, 3)
 
@@ -232,6 +232,7 @@ class Run:
         return original if settings.distill_from == "original" else None
 
     def _finish(self, net: SteppingNet, accuracies: dict[str, list[float]], reference: float | None) -> dict[str, Any]:
+        self._timed("contribution", self.measure, net)
         curve = self._timed("early exit", self.early_exit, net)
         proof = self._timed("verification", verify, net.cpu())
         data = report_data(self.recipe, net, accuracies, reference)
@@ -240,6 +241,13 @@ class Run:
             net.save(self.folder / "net.safetensors")
             write_report(self.folder, data)
         return data
+
+    def measure(self, net: SteppingNet) -> None:
+        """What every level adds, on validation pictures."""
+        batches = itertools.islice(self.data.loader("val", 256, seed=0, rank=0, world=1), 4)
+        for text in idle_levels(net.measure(images for images, _ in batches)):
+            net.notes.append(text)
+            self._say(f"warning: {text}")
 
     def early_exit(self, net: SteppingNet) -> dict[str, Any]:
         """Accuracy against average MACs of `engine.predict(until={"max_prob": ...})`, see `runs.early_exit`.
@@ -363,6 +371,7 @@ def report_data(
         "original": {"macs": net.reference_macs, "accuracy": reference},
         "subnets": subnets,
         "layers": layers,
+        "contribution": net.contribution and net.contribution.model_dump(),
         "notes": net.notes,
         "recipe": dump_recipe(recipe),
         "seed": recipe.seed,

@@ -8,6 +8,7 @@ The data are a plain dictionary (accuracies are shares in [0, 1], MACs are per i
     layers:    [{name: str, units_per_level: [int, ...]}, ...], one entry per level 1..N, then the spare units
     early_exit: {rule: str, thresholds_from: str, points: [{threshold, macs (average), accuracy, subnets: shares of the
                  samples that stop there}, ...]} (optional)
+    contribution: see `files.headers.Contribution` (optional)
     recipe:    str, the resolved recipe as YAML (optional)
     title:     str (optional)
 
@@ -31,6 +32,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from stepping_plugin.errors import SteppingError, explain
+from stepping_plugin.files.headers import Contribution
+from stepping_plugin.views.contribution import contribution_rows, idle_levels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -338,6 +341,7 @@ the original network.</p>
 <h2>Units per layer and level</h2>
 <img alt="Share of each layer's units in each level" src="{units_per_layer}">
 <details><summary>As a table</summary><div class="wide">{units}</div></details>
+{contribution}
 {recipe}
 </body>
 </html>
@@ -360,6 +364,7 @@ def _page(data: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         results=_html_table(_COLUMNS, _rows(data)),
         units=_html_table(header, units),
         early_exit=_early_exit(data),
+        contribution=_contribution(data),
         recipe=f"<h2>Recipe</h2>\n<pre>{html.escape(str(recipe))}</pre>" if recipe else "",
         **sources,
     )
@@ -373,6 +378,21 @@ def _early_exit(data: Mapping[str, Any]) -> str:
     table = _html_table(_EXIT_COLUMNS, _exit_rows(data))
     note = f'<p class="note">Thresholds were chosen on {where}.</p>'
     return f'<details><summary>Early exit, as a table</summary>{note}<div class="wide">{table}</div></details>'
+
+
+def _contribution(data: Mapping[str, Any]) -> str:
+    """What every level adds, as a table with a sentence per level that adds nothing; empty where not measured."""
+    if not data.get("contribution"):
+        return ""
+    found = Contribution(**data["contribution"])
+    header = ["", *(f"level {level + 1}" for level in range(len(found.scores)))]
+    warnings = "".join(f"<p><strong>{html.escape(text)}</strong></p>" for text in idle_levels(found))
+    note = (
+        f'<p class="note">Measured on {found.pictures:,} pictures: the share of each level in what the class scores of '
+        "the subnets differ by, the answers that it changes, and per layer its units that say anything at all.</p>"
+    )
+    table = _html_table(header, contribution_rows(found))
+    return f'<h2>What every level adds</h2>\n{warnings}<div class="wide">{table}</div>{note}'
 
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 __all__ = ["add_inspect"]
@@ -11,8 +12,12 @@ __all__ = ["add_inspect"]
 
 def add_inspect(commands: Any) -> None:
     """`stepping inspect`."""
-    inspect = commands.add_parser("inspect", help="show the units of a model and what keeps channels at level 1")
-    inspect.add_argument("model", help="timm name, e.g. resnet18")
+    inspect = commands.add_parser(
+        "inspect", help="units of a model and what keeps channels at level 1; or subnets and levels of a saved net"
+    )
+    inspect.add_argument(
+        "model", help="timm name, e.g. resnet18; or folder of `stepping run`, or a .safetensors net"
+    )
     inspect.add_argument("--img-size", type=int, help="height and width of the images; default: the model's own")
     inspect.add_argument("--num-classes", type=int, help="classes of the model; default: the model's own")
     inspect.add_argument("--time-limit", type=float, default=20.0, help="seconds for torch-pruning's graph (20)")
@@ -22,6 +27,10 @@ def add_inspect(commands: Any) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from rich.console import Console
+
+    path = Path(arguments.model)
+    if path.is_dir() or path.suffix == ".safetensors":
+        return _inspect_net(path / "net.safetensors" if path.is_dir() else path, arguments.json)
 
     from ..integrations.timm.models import named_model
     from .inspection import describe, inspect_model
@@ -35,4 +44,30 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
     else:
         Console(soft_wrap=True).print(describe(facts, arguments.model))
+    return 0
+
+
+def _inspect_net(path: Path, as_json: bool) -> int:
+    """What a saved net consists of and, where it was measured, what every level adds."""
+    from rich.console import Console
+
+    from ..net import load
+    from .summary import summary, units_per_level
+
+    net = load(path)
+    if not as_json:
+        Console(soft_wrap=True).print(summary(net))
+        return 0
+    facts = {
+        "reference_macs": net.reference_macs,
+        "budgets": net.budgets,
+        "macs": net.macs,
+        "groups": [
+            {"name": g.name, "units_per_level": units_per_level(net.levels, g, net.num_subnets)}
+            for g in net.analysis.groups
+        ],
+        "contribution": net.contribution and net.contribution.model_dump(),
+        "notes": net.notes,
+    }
+    print(json.dumps(facts, indent=2))
     return 0

@@ -9,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
+from .contribution import contribution_table, idle_levels
+
 if TYPE_CHECKING:
     from ..nested.net import NestedNet
     from ..units.analysis import UnitGroup
@@ -31,7 +33,9 @@ def units_per_level(levels: Tensor, group: UnitGroup, n: int) -> list[int]:
 
 def summary(net: NestedNet) -> Group:
     """Tables of subnets and of unit groups."""
-    return Group(_subnets(net), _groups(net), *net.notes)
+    found = net.contribution
+    added = [] if found is None else [contribution_table(found), *idle_levels(found)]
+    return Group(_subnets(net), _groups(net), *added, *net.notes)
 
 
 def _subnets(net: NestedNet) -> Table:
