@@ -47,10 +47,8 @@ def test_a_level_that_adds_nothing_is_named(net):
         head = net.model.fc.weight
         last = net.levels[net.analysis.weight_units["layer3.conv2.weight"][0]] == net.num_subnets
         head[:, last] = 0
-    texts = idle_levels(net.measure(images(SIZE, 8)))
-    assert len(texts) == 1 and texts[0].startswith(
-        f"subnet {net.num_subnets} answers like subnet {net.num_subnets - 1}"
-    )
+    texts, n = idle_levels(net.measure(images(SIZE, 8))), net.num_subnets
+    assert len(texts) == 1 and texts[0].startswith(f"subnet {n} answers like subnet {n - 1}")
 
 
 def test_it_travels_with_the_net_and_ends_with_its_weights(net, tmp_path, capsys):

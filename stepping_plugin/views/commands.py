@@ -15,9 +15,7 @@ def add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect", help="units of a model and what keeps channels at level 1; or subnets and levels of a saved net"
     )
-    inspect.add_argument(
-        "model", help="timm name, e.g. resnet18; or folder of `stepping run`, or a .safetensors net"
-    )
+    inspect.add_argument("model", help="timm name, e.g. resnet18; or folder of `stepping run`, or a .safetensors net")
     inspect.add_argument("--img-size", type=int, help="height and width of the images; default: the model's own")
     inspect.add_argument("--num-classes", type=int, help="classes of the model; default: the model's own")
     inspect.add_argument("--time-limit", type=float, default=20.0, help="seconds for torch-pruning's graph (20)")

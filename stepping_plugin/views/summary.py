@@ -34,7 +34,7 @@ def units_per_level(levels: Tensor, group: UnitGroup, n: int) -> list[int]:
 def summary(net: NestedNet) -> Group:
     """Tables of subnets and of unit groups."""
     found = net.contribution
-    added = [] if found is None else [contribution_table(found), *idle_levels(found)]
+    added: list[Table | str] = [] if found is None else [contribution_table(found), *idle_levels(found)]
     return Group(_subnets(net), _groups(net), *added, *net.notes)
 
 
