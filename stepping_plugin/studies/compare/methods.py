@@ -36,7 +36,7 @@ from .dense import dense_net, dense_units
 from .results import Answer, Phase, Timing
 from .slimmable import Slimmable
 from .studies import Variant
-from .timing import latency, step_ratio, work_ratios
+from .timing import latency, step_ratio, update_seconds, work_ratios
 
 __all__ = ["RUNNERS", "Job", "Outcome"]
 
@@ -131,6 +131,10 @@ class Job:
         """Any piece of work over a plain update of the original."""
         return round(work_ratios(self.original, [work], self.batch(), self.still)[0], 3)
 
+    def update_seconds(self) -> float:
+        """Time of a plain update of the original."""
+        return update_seconds(self.original, self.batch(), self.still)
+
     def step_answers(self, sizes: Sequence[int | None], scores: Sequence[float | None]) -> list[Answer]:
         """View "at equal executed MACs" of nets without reuse: run net i of `sizes` when budget i has arrived.
 
@@ -160,6 +164,9 @@ def stepping(job: Job) -> Outcome:
         phases.append(Phase(name="construction", networks=1, updates=updates, step=step))
     else:
         epochs += job.extra_epochs
+    if seconds := job.run.seconds.get("reconstruction"):
+        step = round(seconds / job.update_seconds(), 1)
+        phases.append(Phase(name="reconstruction", networks=1, updates=1, step=step))
     job.tune(net, "retrain", epochs)
     phases.append(Phase(name="retraining", networks=1, updates=epochs * job.per_epoch, step=job.step_ratio([net])))
     answers = [

@@ -88,6 +88,7 @@ _STRUCTURE = frozenset(  # of nested nets; other methods take the number of upda
         "increments",
         "rebirth",
         "updates",
+        "reconstruct",
     ]
 )
 _OPTIMISER = frozenset(["opt", "lr", "momentum", "weight_decay", "clip_grad", "amp", "amp_dtype"])
@@ -98,8 +99,12 @@ _OURS = ("construction.importance=per-sample", "construction.band=[0.8,1.25]", "
 # One step of all subnets costs about half as much again as a plain one, those of four separate nets cost four: with so
 # many more epochs SteppingNet's training costs as much as theirs.
 _LONG = 2.5
-_PAPER = ("construction.flow=paper", "construction.importance=per-batch", "construction.band=null")
-_REGULAR = "construction.policy=any-width"
+# The published methods know no reconstruction of the original.
+_PAPER = (
+    "construction.flow=paper", "construction.importance=per-batch", "construction.band=null",
+    "construction.reconstruct=0",
+)  # fmt: skip
+_REGULAR = ("construction.policy=any-width", "construction.reconstruct=0")
 _TOOLKIT = {
     "magnitude": "group magnitude",
     "taylor": "group Taylor",
@@ -118,9 +123,9 @@ METHODS: dict[str, Variant] = {
     variant.name: variant
     for variant in [
         _ours(REFERENCE, "SteppingNet (trajectory flow)"),
-        _ours("any-width", "any-width", _REGULAR),
+        _ours("any-width", "any-width", *_REGULAR),
         _ours(f"{REFERENCE}-long", "SteppingNet, training cost of separate nets", stretch=_LONG),
-        _ours("any-width-long", "any-width, training cost of separate nets", _REGULAR, stretch=_LONG),
+        _ours("any-width-long", "any-width, training cost of separate nets", *_REGULAR, stretch=_LONG),
         Variant("slimmable", "slimmable", label="slimmable"),
         Variant("tp-magnitude", "toolkit", label="torch-pruning, group magnitude"),
         Variant("steppingnet-paper", "stepping", _PAPER, "SteppingNet (paper flow)"),
@@ -141,6 +146,9 @@ _ABLATION = {
     "copies-alike": ("copies ranked like any unit", ["construction.copy_importance=1"]),
     "random-importance": ("units ranked at random", ["construction.importance=random"]),
     "uniform-widths": ("widths nearly uniform", ["construction.band=[0.97,1.03]"]),
+    "no-reconstruction": ("without reconstruction", ["construction.reconstruct=0"]),
+    "no-rebirth": ("dead units stay dead", ["construction.rebirth=false"]),
+    "free-increments": ("increments of widths free", ["construction.increments=null"]),
     "free-widths": ("widths free", ["construction.band=null"]),
     "long-construction": ("10 batches per iteration in construction, on top", ["construction.batches=10"]),
 }

@@ -23,7 +23,7 @@ from ...training.trainer import Batch, TrainConfig, Trainer
 from ...units.analysis import analyse
 from .results import Timing
 
-__all__ = ["latency", "single_engine", "step_ratio", "work_ratios"]
+__all__ = ["latency", "single_engine", "step_ratio", "update_seconds", "work_ratios"]
 
 Work = Callable[[], Any]
 BATCHES = (1, 32)
@@ -84,6 +84,11 @@ def work_ratios(original: nn.Module, works: Sequence[Work], batch: Batch, config
     named: dict[str, Work] = {str(k): work for k, work in enumerate(works)}
     seconds = in_turns({"plain": lambda: plain.update([batch]), **named}, str(plain.device), turns=STEP_TURNS)
     return [seconds[name] / seconds["plain"] for name in named]
+
+
+def update_seconds(original: nn.Module, batch: Batch, config: TrainConfig) -> float:
+    """Seconds of an update of (a copy of) the original network, without a teacher."""
+    return in_turns({"plain": plain_step(original, batch, config)}, str(config.device), turns=STEP_TURNS)["plain"]
 
 
 # --- Inference ----------------------------------------------------------------------------------------------
