@@ -5,35 +5,21 @@ import threading
 
 import pytest
 import torch
+from engine_nets import TOLERANCE, scores_of
+from engine_nets import small as small  # a fixture
 from nets import ARCHITECTURES, FAMILIES, Plain, images, make, nested, random_levels, randomise, relative
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepping_plugin.engine import compile_engine, entropy, kernels, load_engine, margin, max_probability
-from stepping_plugin.engine.clock import StepClock
+from stepping_plugin.engine import compile_engine, kernels, load_engine
 from stepping_plugin.errors import SteppingError
 from stepping_plugin.integrations.fvcore.counting import count_macs
 from stepping_plugin.studies.bench.engine import equal_levels
-
-TOLERANCE = 1e-9
-
-
-def scores_of(net, x):
-    with torch.no_grad():
-        return net.eval().forward_all(x)
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
 def model(request):
     return make(request.param)
-
-
-@pytest.fixture(scope="module")
-def small():
-    """A net, its engine, eight images and their scores; not to be changed."""
-    net = nested(make("test_resnet"), seed=3).eval()
-    x = images(net.analysis.image_size, 8)
-    return net, compile_engine(net), x, scores_of(net, x)
 
 
 def check_engine(net, batches=(1, 3, 8), **options):
@@ -164,9 +150,6 @@ def test_lower_precision(dtype, tolerance):
     engine = compile_engine(copy.deepcopy(net).to(dtype))
     for scores, exact in zip(engine.steps(x.to(dtype)), expected):
         assert relative(scores.double(), exact) < tolerance
-
-
-# ------------------------------------------------------------------------------------------------- sessions
 
 
 def test_sessions_share_an_engine_without_meeting(small):
@@ -316,104 +299,6 @@ def test_engine_of_a_changed_net():
     engine.start(x)
 
 
-# ------------------------------------------------------------------------------------------------- predict
-
-
-def test_predict_without_a_rule_runs_all_subnets(small):
-    _, engine, x, expected = small
-    result = engine.predict(x)
-    assert relative(result.logits, expected[3]) < TOLERANCE
-    assert result.subnet.tolist() == [4] * 8 and result.macs.tolist() == [engine.macs[3]] * 8
-    assert torch.equal(result.classes, expected[3].argmax(-1)) and result.in_time
-
-
-@pytest.mark.parametrize("kind", ["max_prob", "margin", "entropy", "own"])
-def test_every_sample_stops_by_the_rule(small, kind):
-    """Against the rule applied to the scores of all subnets at once."""
-    _, engine, x, expected = small
-    probabilities = expected.softmax(-1)
-    best = probabilities.topk(2, -1).values
-    measure = {
-        "max_prob": best[..., 0],
-        "margin": best[..., 0] - best[..., 1],
-        "entropy": (probabilities * probabilities.log()).sum(-1),
-        "own": expected[..., 0],
-    }[kind]
-    threshold = float(measure[0].quantile(0.5))
-    until = {
-        "max_prob": max_probability(threshold) if kind == "max_prob" else None,
-        "margin": {"margin": threshold},
-        "entropy": entropy(-threshold) if kind == "entropy" else None,
-        "own": lambda scores: scores[:, 0] >= threshold,
-    }[kind]
-    result = engine.predict(x, until=until)
-    stops = measure >= threshold
-    stops[3] = True
-    wanted = stops.long().argmax(0)
-    assert result.subnet.tolist() == (wanted + 1).tolist()
-    assert len(set(result.subnet.tolist())) > 1
-    for k in range(8):
-        assert relative(result.logits[k], expected[wanted[k], k]) < TOLERANCE
-        assert int(result.macs[k]) == engine.macs[int(wanted[k])]
-
-
-@pytest.mark.parametrize(
-    "until",
-    [
-        {},
-        {"max_prop": 0.5},
-        {"max_prob": 1.5},
-        {"entropy": -1},
-        {"margin": "high"},
-        0.5,
-        lambda s: s,
-        lambda s: s[0, 0] > 0,
-        lambda s: True,
-    ],
-)
-def test_wrong_rules(small, until):
-    with pytest.raises(SteppingError):
-        small[1].predict(small[2], until=until)
-
-
-def test_rules_check_their_thresholds():
-    for rule in (max_probability, margin):
-        with pytest.raises(SteppingError, match="from 0 to 1"):
-            rule(2)
-
-
-def test_deadline_decides_by_measured_times(small, monkeypatch):
-    """Times are made up, so the answer is known: steps of 10 s do not fit into 5 s, steps of 1 ms do."""
-    _, engine, x, expected = small
-    for seconds, subnet in ((10.0, 1), (1e-3, 4)):
-        monkeypatch.setattr(engine.clock, "estimate", lambda level, size, last, t=seconds: t)
-        result = engine.predict(x, deadline=5.0)
-        assert result.subnet.tolist() == [subnet] * 8
-        assert relative(result.logits, expected[subnet - 1]) < TOLERANCE
-    monkeypatch.undo()
-    late = engine.predict(x, deadline=0.0)
-    assert late.subnet.tolist() == [1] * 8 and not late.in_time
-    for wrong in ("soon", float("nan"), True):
-        with pytest.raises(SteppingError, match="deadline"):
-            engine.predict(x, deadline=wrong)
-
-
-def test_clock_estimates():
-    clock = StepClock([100, 200])
-    clock.record(1, 2, 1.0)
-    assert clock.estimate(2, 2, last=1) >= 2.0  # never measured: by its MACs
-    for seconds in (1.0, 1.1, 5.0, 1.0):
-        clock.record(2, 2, seconds)
-    assert clock.estimate(2, 2) == 5.0  # nearly the slowest
-    assert clock.estimate(2, 4) == 10.0  # a larger batch: in proportion
-    assert clock.estimate(2, 1) == 5.0  # a smaller one is no slower
-    clock.record(1, 2, 3.0)  # three times as slow as usual: so will the next step be
-    assert clock.estimate(2, 2, last=1) == pytest.approx(15.0)
-
-
-# ------------------------------------------------------------------------------------------------- compiling
-
-
 @pytest.mark.parametrize(
     "options", [{"backend": "aot_eager"}, pytest.param(True, marks=pytest.mark.slow)], ids=["traced", "inductor"]
 )
@@ -428,9 +313,6 @@ def test_compiled_engines(options, tmp_path):
                 assert relative(scores, expected) < 1e-4
     with pytest.raises(SteppingError, match="keyword arguments"):
         net.deploy(compile="fast")
-
-
-# ------------------------------------------------------------------------------ acceptance list
 
 
 @pytest.mark.slow
