@@ -210,7 +210,7 @@ class Construction(Optimisation):
     rebirth: bool = key(True, "after the last moves, units that never fire get new incoming weights")
     updates: Literal["joint", "sequential"] = key("joint", "one pass for all subnets, or the paper's ascending order")
     reconstruct: int = key(
-        1000,
+        0,
         "training pictures on which least squares brings the original's values back, before retraining; 0: none",
         ge=0,
     )

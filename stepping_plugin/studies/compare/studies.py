@@ -99,12 +99,8 @@ _OURS = ("construction.importance=per-sample", "construction.band=[0.8,1.25]", "
 # One step of all subnets costs about half as much again as a plain one, those of four separate nets cost four: with so
 # many more epochs SteppingNet's training costs as much as theirs.
 _LONG = 2.5
-# The published methods know no reconstruction of the original.
-_PAPER = (
-    "construction.flow=paper", "construction.importance=per-batch", "construction.band=null",
-    "construction.reconstruct=0",
-)  # fmt: skip
-_REGULAR = ("construction.policy=any-width", "construction.reconstruct=0")
+_PAPER = ("construction.flow=paper", "construction.importance=per-batch", "construction.band=null")
+_REGULAR = "construction.policy=any-width"
 _TOOLKIT = {
     "magnitude": "group magnitude",
     "taylor": "group Taylor",
@@ -123,9 +119,9 @@ METHODS: dict[str, Variant] = {
     variant.name: variant
     for variant in [
         _ours(REFERENCE, "SteppingNet (trajectory flow)"),
-        _ours("any-width", "any-width", *_REGULAR),
+        _ours("any-width", "any-width", _REGULAR),
         _ours(f"{REFERENCE}-long", "SteppingNet, training cost of separate nets", stretch=_LONG),
-        _ours("any-width-long", "any-width, training cost of separate nets", *_REGULAR, stretch=_LONG),
+        _ours("any-width-long", "any-width, training cost of separate nets", _REGULAR, stretch=_LONG),
         Variant("slimmable", "slimmable", label="slimmable"),
         Variant("tp-magnitude", "toolkit", label="torch-pruning, group magnitude"),
         Variant("steppingnet-paper", "stepping", _PAPER, "SteppingNet (paper flow)"),
@@ -146,7 +142,7 @@ _ABLATION = {
     "copies-alike": ("copies ranked like any unit", ["construction.copy_importance=1"]),
     "random-importance": ("units ranked at random", ["construction.importance=random"]),
     "uniform-widths": ("widths nearly uniform", ["construction.band=[0.97,1.03]"]),
-    "no-reconstruction": ("without reconstruction", ["construction.reconstruct=0"]),
+    "reconstruction": ("the original reconstructed on 1,000 pictures", ["construction.reconstruct=1000"]),
     "no-rebirth": ("dead units stay dead", ["construction.rebirth=false"]),
     "free-increments": ("increments of widths free", ["construction.increments=null"]),
     "free-widths": ("widths free", ["construction.band=null"]),
