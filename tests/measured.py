@@ -24,7 +24,7 @@ from stepping_plugin.studies.compare.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED, RESULTS = ROOT / "docs" / "measured", ROOT / "recipes" / "results"
-TEXTS = [ROOT / "README.md", ROOT / "docs" / "results" / "measurements.md"]
+TEXTS = [ROOT / "README.md", *(ROOT / "docs" / "results" / f"{name}.md" for name in ("measurements", "levels"))]
 _KEPT = ("title", "seed", "machine", "original", "subnets", "early_exit", "verify", "seconds", "recipe")
 _BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- /measured -->)", re.DOTALL)
 _EXPECTED = re.compile(r"^# Expected result:.*\n(?:#   .*\n)*", re.MULTILINE)
@@ -217,6 +217,55 @@ def comparison() -> str:
     return summary_table(read_all(RESULTS))
 
 
+def levels_study() -> str:
+    """SteppingNet of today and of the comparison page, and what they are measured by."""
+    found = {(r.recipe, r.variant, r.seed): r for r in read_all(RESULTS) if r.status == "done"}
+    rows = []
+    for entry in _levels("study.json"):
+        recipe, seed = entry["recipe"], entry["seed"]
+        for name, variant in (("before", "steppingnet"), ("slimmable", "slimmable"), ("pruned", "tp-magnitude")):
+            entry[name] = [a.accuracy for a in found[recipe, variant, seed].alone]
+        shown = [_points(entry[key]) for key in ("before", "accuracy", "slimmable", "pruned")]
+        rows.append([recipe, str(seed), *shown, f"{100 * (_mean(entry['accuracy']) - _mean(entry['before'])):+.2f}"])
+    heading = ["recipe", "seed", "before", "now", "slimmable", "separately pruned", "now minus before, mean"]
+    return markdown(heading, rows)
+
+
+def levels_trials() -> str:
+    """Per trial: mean difference to the net without it, over networks and seeds."""
+    trials: dict[str, list[Json]] = {}
+    for entry in _levels("trials.json"):
+        trials.setdefault(entry["trial"], []).append(entry)
+    rows = []
+    for trial, own in trials.items():
+        gains = [[a - b for a, b in zip(e["accuracy"], e["without"])] for e in own]
+        each = [_mean(column) for column in zip(*gains)]
+        nets = ", ".join(f"{e['network']} {e['seed']}" + (f" ({e['epochs']} epochs)" * (e["epochs"] > 15)) for e in own)
+        rows.append([trial, nets, f"{_mean(each):+.2f}", " ".join(f"{gain:+.2f}" for gain in each)])
+    return markdown(["trial", "networks and seeds", "mean", "subnets 1 to 4"], rows)
+
+
+def one_shot_cifar() -> str:
+    text = (MEASURED / "levels" / "one_shot_cifar.jsonl").read_text(encoding="utf-8")
+    rows = []
+    for entry in map(json.loads, text.splitlines()):
+        macs = ", ".join(f"{100 * share:.1f}" for share in entry["macs"])
+        rows.append([entry["net"], entry["method"], f"{macs} %", f"{_points(entry['accuracy'])} %"])
+    return markdown(["network", "method", "MACs, of the original", "accuracy"], rows)
+
+
+def _levels(name: str) -> list[Json]:
+    return json.loads((MEASURED / "levels" / name).read_text(encoding="utf-8"))
+
+
+def _points(shares: Sequence[float]) -> str:
+    return ", ".join(f"{100 * share:.2f}" for share in shares)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
@@ -230,6 +279,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "coverage": coverage,
     "left-out": left_out,
     "comparison": comparison,
+    "levels-study": levels_study,
+    "levels-trials": levels_trials,
+    "one-shot-cifar": one_shot_cifar,
 }
 
 
