@@ -6,10 +6,14 @@ argparse, because options take several values as people write them (`--seeds 0 1
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 
+from .arguments import CLASSES, IMAGE, number, whole
 from .errors import SteppingError
 from .runs.commands import add_export, add_run
 from .studies.commands import add_bench, add_compare, add_coverage
@@ -18,28 +22,100 @@ from .views.commands import add_inspect
 __all__ = ["main"]
 
 _OVERRIDE = re.compile(r"[A-Za-z][\w.]*=.*", re.DOTALL)  # key.sub=value
+FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # the last as if SIGPIPE had ended the process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for a mistake of the user, 130 after Ctrl-C."""
+    """Run a command; returns the exit status.
+
+    0; 1 for what fails, told in one line; 2 for arguments that cannot be (argparse exits); 130 after Ctrl-C; 141 when
+    the reader of the output has gone, without a word. Anything else that is raised is a mistake in the package.
+    """
+    warnings.filterwarnings("ignore", message=".*torch.jit.*is deprecated", category=Warning)  # of libraries
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # an old terminal is no reason to fail
     arguments = _parsed(sys.argv[1:] if argv is None else argv)
     try:
-        return arguments.command(arguments)
+        status = arguments.command(arguments)
+        sys.stdout.flush()
+        return status
     except SteppingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(str(error))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except (BrokenPipeError, SystemExit):  # rich leaves by SystemExit when the pipe is closed
+        _silence_output()
+        return PIPE_CLOSED
+    except OSError as error:
+        return _failed(_reason(error))
+    except MemoryError:
+        return _failed("the memory of this machine is full. Take smaller batches, pictures or models.")
+    except RuntimeError as error:
+        if not _is_about_memory(error):
+            raise
+        return _failed(f"no memory is left ({str(error).splitlines()[0][:200]}). Take smaller batches or models.")
+
+
+def _failed(text: str) -> int:
+    with contextlib.suppress(OSError):
+        print(f"error: {text}", file=sys.stderr)
+    return FAILED
+
+
+def _reason(error: OSError) -> str:
+    """One line: the path, what the system says."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is not None:
+        return f"{error.filename}: {reason}"
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence_output()
+        return f"standard output cannot be written: {reason}"
+    return reason
+
+
+def _silence_output() -> None:
+    """Nobody reads: what is left in the buffer must not raise when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _is_about_memory(error: RuntimeError) -> bool:
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "out of memory" in text
 
 
 def _parsed(words: Sequence[str]) -> argparse.Namespace:
     """Arguments, with the overrides of a recipe wherever they stand: argparse takes them only before any option."""
+    parser = _parser()
     takes = bool(words) and words[0] in ("run", "validate", "compare")
-    overrides = [word for word in words if takes and _OVERRIDE.fullmatch(word)]
-    arguments = _parser().parse_args([word for word in words if word not in overrides])
-    if overrides:
-        arguments.overrides = [*arguments.overrides, *overrides]
+    values = _values_of_options(parser, words) if takes else set()
+    places = [i for i, word in enumerate(words) if takes and i not in values and _OVERRIDE.fullmatch(word)]
+    arguments = parser.parse_args([word for i, word in enumerate(words) if i not in places])
+    if places:
+        arguments.overrides = [*arguments.overrides, *(words[i] for i in places)]
     return arguments
+
+
+def _values_of_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[int]:
+    """Places of words that are the one value of the option before them, whatever they look like."""
+    options = _command(parser, words[0])._option_string_actions
+    one = {name for name, action in options.items() if action.nargs is None}
+    return {i + 1 for i, word in enumerate(words) if word in one}
+
+
+def _command(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return commands.choices[name]
+
+
+# Options of commands that register plain numbers.
+_RANGES = {
+    "inspect": {"img_size": whole(1, IMAGE), "num_classes": whole(1, CLASSES), "time_limit": number(0, 1e6)},
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,4 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_inspect, add_run, add_bench, add_export, add_compare, add_coverage):
         add(commands)
+    for name, ranges in _RANGES.items():
+        for action in _command(parser, name)._actions:
+            action.type = ranges.get(action.dest, action.type)
     return parser

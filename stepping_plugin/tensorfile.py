@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from .errors import CheckpointError, explain
 
-__all__ = ["ENGINE", "NET", "is_signed", "not_finite", "pack_header", "read_file", "read_tensors", "write_tensors"]
+__all__ = ["ENGINE", "NET", "is_signed", "not_finite", "pack_header", "read_file", "read_tensors", "write_bytes",
+           "write_tensors"]  # fmt: skip
 
 NET, ENGINE = "stepping-plugin net", "stepping-plugin engine"
 _WRITERS = {NET: "SteppingNet.save", ENGINE: "Engine.save"}
@@ -60,9 +61,29 @@ def write_tensors(
     Raises:
         OSError: it cannot be written; the file that was there is untouched.
     """
+    plain = _plain(tensors)
+    try:
+        with _replacing(path, durable) as partial:
+            save_file(plain, partial, metadata=_signed(plain, texts))
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes, *, durable: bool = True) -> None:
+    """Write any other file in the same way: the old one or the complete new one.
+
+    Raises:
+        OSError: it cannot be written; the file that was there is untouched.
+    """
+    with _replacing(path, durable) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike[str], durable: bool) -> Iterator[Path]:
+    """A file to be filled, which then takes the place of `path`; its name is no other thread's or process's."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = _plain(tensors)
     _sweep(path.parent)
     partial = path.with_name(
         _PARTIAL.format(tag=_host(), pid=os.getpid(), thread=threading.get_ident(), n=next(_count))
@@ -70,15 +91,13 @@ def write_tensors(
     try:
         with open(partial, "xb"):
             mode = (path if path.exists() else partial).stat().st_mode & 0o777
-        save_file(plain, partial, metadata=_signed(plain, texts))
+        yield partial
         os.chmod(partial, mode)  # safetensors makes files that only their owner may read
         if durable:
             _sync(partial)
         os.replace(partial, path)
         if durable:
             _sync(path.parent)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 

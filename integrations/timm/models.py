@@ -19,6 +19,7 @@ for, so that an example input can be made from it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -399,7 +400,9 @@ def require_model(name: str) -> None:
         SteppingError: it has not; names the nearest one.
     """
     if not timm.is_model(name):
-        raise SteppingError(f"model: timm has no model {name!r}; {nearest(name, timm.list_models())}")
+        hint = nearest(name, timm.list_models())
+        hint = hint if hint.startswith("did you mean") else "timm.list_models() lists all"
+        raise SteppingError(f"model: timm has no model {name!r}; {hint}")
 
 
 def named_model(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: Any) -> nn.Module:
@@ -411,13 +414,18 @@ def named_model(name: str, img_size: int | tuple[int, int] | None = None, **kwar
         kwargs: of `timm.create_model`; those that are None are left out.
 
     Raises:
-        SteppingError: no such model; names the nearest one.
+        SteppingError: no such model (names the nearest one), or it cannot be made with these arguments.
     """
     require_model(name)
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
-    if img_size is not None:
-        try:
-            return timm.create_model(name, img_size=img_size, **kwargs)
-        except TypeError:  # convolutional models take any size
-            pass
-    return timm.create_model(name, **kwargs)
+    try:
+        if img_size is not None:
+            with contextlib.suppress(TypeError):  # convolutional models take any size
+                return timm.create_model(name, img_size=img_size, **kwargs)
+        return timm.create_model(name, **kwargs)
+    except SteppingError:
+        raise
+    except Exception as error:  # what models raise for arguments that they cannot be made with, or without a network
+        shown = ", ".join(f"{key}={str(value)[:40]}" for key, value in kwargs.items())
+        reason = " ".join(str(error).split())[:300]
+        raise SteppingError(f"model {name} cannot be made with {shown or 'its defaults'}: {reason}") from error

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..arguments import output_folder, whole
 
 __all__ = ["add_export", "add_run"]
 
@@ -16,7 +19,7 @@ def add_run(commands: Any) -> None:
     for command in (run, validate):
         command.add_argument("recipe", help="path of a recipe, or name of a shipped one, e.g. digits")
         command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="e.g. retrain.epochs=20 output=runs/mine"
+            "overrides", nargs="*", default=[], metavar="key=value", help="e.g. retrain.epochs=20 output=runs/mine"
         )
     run.add_argument("--fresh", action="store_true", help="discard what an earlier run left in the output folder")
     run.set_defaults(command=_run)
@@ -24,20 +27,44 @@ def add_run(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from .pipeline import run_recipe
     from .recipe import load_recipe
     from .report import exit_table, results_table
 
-    console = Console(soft_wrap=True)
+    say = _speaker()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     folder = Path(recipe.output or Path("runs") / Path(arguments.recipe).stem)
-    data = run_recipe(recipe, folder, fresh=arguments.fresh, say=lambda text: console.print(text, highlight=False))
-    console.print(results_table(data), *data["notes"])
-    console.print(exit_table(data))
-    console.print(f"report: {folder / 'index.html'}   net: {folder / 'net.safetensors'}")
+    data = run_recipe(recipe, folder, fresh=arguments.fresh, say=say, source=arguments.recipe)
+    say(results_table(data))
+    for note in data["notes"]:
+        say(note)
+    say(exit_table(data))
+    say(f"report: {folder / 'index.html'}   net: {folder / 'net.safetensors'}")
     return 0
+
+
+def _speaker() -> Callable[[Any], None]:
+    """Prints a line or a table. A reader that goes away (`| head`) does not end the hours of work that it reads about.
+
+    Other failures of the output, such as a full disk, are raised.
+    """
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    gone = False
+
+    def say(what: Any) -> None:
+        nonlocal gone
+        if gone:
+            return
+        with console.capture() as text:
+            console.print(what, highlight=False)
+        try:
+            print(text.get(), end="", flush=True)
+        except BrokenPipeError:
+            gone = True
+
+    return say
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -65,8 +92,10 @@ def add_export(commands: Any) -> None:
     export = commands.add_parser("export", help="write the step programs of a net as torch.export or ONNX files")
     export.add_argument("run", metavar="RUN", help="folder of `stepping run`, or a net.safetensors file")
     export.add_argument("--format", choices=("torch", "onnx"), default="torch", help="kind of files (torch)")
-    export.add_argument("--output", metavar="DIR", help="where to; default: export-FORMAT beside the net")
-    export.add_argument("--batch-size", type=int, help="fix the batch size; default: any")
+    export.add_argument(
+        "--output", type=output_folder, metavar="DIR", help="where to; default: export-FORMAT beside the net"
+    )
+    export.add_argument("--batch-size", type=whole(1, 65_536), help="fix the batch size; default: any")
     export.set_defaults(command=_export)
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from psutil import virtual_memory
 from torch import Tensor
 
 from stepping_plugin.errors import SteppingError, explain
@@ -133,6 +134,7 @@ def _in_memory(cfg: DataConfig, train: Pictures, test: Pictures) -> DataBundle:
         raise SteppingError(f"data set {cfg.name!r} is empty: check the files in data.root")
     num_classes = int(train.labels.max()) + 1
     if cfg.img_size is not None:
+        _check_memory(cfg, len(train.labels) + len(test.labels), train.images.shape[1])
         train, test = (_resize(part, cfg.img_size) for part in (train, test))
     kept, held = stratified_split(train.labels, val_share, cfg.split_seed)
     val = train.take(held) if len(held) else test
@@ -140,6 +142,11 @@ def _in_memory(cfg: DataConfig, train: Pictures, test: Pictures) -> DataBundle:
     mean, std = _statistics(train.images)
     mean, std = tuple(cfg.mean or mean), tuple(cfg.std or std)
     channels, height, width = train.images.shape[1:]
+    if shift >= min(height, width):
+        expected = f"less than the {min(height, width)} pixels of the pictures"
+        raise SteppingError(
+            explain("the pictures would leave the frame", where="data.shift", got=shift, expected=expected)
+        )
     _check_channels(cfg, channels, mean, std)
     test_set = TensorSet(*test, mean, std)
     return DataBundle(
@@ -163,12 +170,22 @@ def _limited(indices: Tensor, cfg: DataConfig) -> Tensor:
     return indices[order[: cfg.limit]]
 
 
+def _check_memory(cfg: DataConfig, pictures: int, channels: int) -> None:
+    """Sets in memory are resized once, as a whole."""
+    needed, memory = pictures * channels * (cfg.img_size or 1) ** 2, virtual_memory().total
+    if needed > memory / 2:
+        got = (
+            f"{cfg.img_size}: {needed / 2**30:.0f} GiB for {pictures:,} pictures in {memory / 2**30:.0f} GiB of memory"
+        )
+        raise SteppingError(explain("too large", where="data.img_size", got=got, action="Take smaller pictures."))
+
+
 def _resize(part: Pictures, size: int) -> Pictures:
     if part.images.shape[-2:] == (size, size):
         return part
     blocks = [  # in blocks: float copies of a whole set are large
         F.interpolate(block.float(), (size, size), mode="bilinear", antialias=True).round().byte()
-        for block in part.images.split(4096)
+        for block in part.images.split(max(1, 2**24 // size**2))
     ]
     return Pictures(torch.cat(blocks), part.labels)
 
@@ -186,6 +203,7 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _check_channels(cfg: DataConfig, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    """One number per channel each, where they are given."""
     for key, values in (("data.mean", mean), ("data.std", std)):
         if len(values) != channels:
             expected = f"{channels} values, one per channel of {cfg.name}"
@@ -315,21 +333,29 @@ def _on_disk(cfg: DataConfig, model_name: str | None, train: Any, test: Any) -> 
     size = config["input_size"]
     norm = {"mean": config["mean"], "std": config["std"]}
     chosen = cfg.model_dump(include={"scale", "ratio", "hflip", "color_jitter"}, exclude_none=True)
-    train_transform = create_transform(
-        size,
-        is_training=True,
-        auto_augment=cfg.aa,
-        re_prob=cfg.reprob,
-        interpolation="random",
-        **norm,
-        **chosen,
-    )
+    _check_channels(cfg, size[0], cfg.mean or config["mean"], cfg.std or config["std"])
+    try:
+        train_transform = create_transform(
+            size,
+            is_training=True,
+            auto_augment=cfg.aa,
+            re_prob=cfg.reprob,
+            interpolation="random",
+            **norm,
+            **chosen,
+        )
+    except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = f"timm cannot read it ({type(error).__name__}: {error})"
+        expected = "a policy such as rand-m9-mstd0.5-inc1, augmix-m5-w4 or original-mstd0.5"
+        raise SteppingError(explain(reason, where="data.aa", got=cfg.aa, expected=expected)) from error
     eval_transform = create_transform(size, interpolation=config["interpolation"], crop_pct=config["crop_pct"], **norm)
     order = torch.randperm(len(train), generator=seeded_generator("split", cfg.split_seed))
     held = round((cfg.val_fraction or 0) * len(train))
     kept = _limited(order[held:], cfg).tolist()
-    test_set = TransformSet(test, eval_transform, workers=cfg.workers)
-    val_set = TransformSet(train, eval_transform, order[:held].tolist(), cfg.workers) if held else test_set
+    if not kept:
+        raise SteppingError(f"data set {cfg.name!r}: no picture is left to train on; data.val_fraction takes them all.")
+    test_set = TransformSet(_Counted(test), eval_transform, workers=cfg.workers)
+    val_set = TransformSet(_Counted(train), eval_transform, order[:held].tolist(), cfg.workers) if held else test_set
     return DataBundle(
         name=cfg.name,
         train=TransformSet(train, train_transform, kept, cfg.workers),
@@ -343,9 +369,42 @@ def _on_disk(cfg: DataConfig, model_name: str | None, train: Any, test: Any) -> 
     )
 
 
+class _Counted:
+    """Pictures that accuracies are measured on: one that cannot be read is an error.
+
+    timm's image folders give the next picture in its place, which would count with its own label. In training that
+    does no harm, and timm logs it.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> Any:
+        from PIL import Image
+        from timm.data import ImageDataset
+
+        if not isinstance(self.base, ImageDataset):
+            return self.base[index]
+        try:
+            file, label, *_ = self.base.reader[index]
+            return Image.open(file).convert("RGB"), -1 if label is None else label
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            name = self.base.reader.filename(index, absolute=True)
+            raise SteppingError(
+                f"{name}: this picture cannot be read ({error}). Accuracies would be those of other pictures: get it "
+                "anew, or remove it."
+            ) from None
+
+
 def _count_classes(cfg: DataConfig, dataset: Any) -> int:
     known = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
     count = cfg.num_classes or len(known or ())
+    if count < len(known or ()):
+        expected = f"at least the {len(known or ())} classes of the set"
+        raise SteppingError(explain("too few", where="data.num_classes", got=count, expected=expected))
     if not count:
         raise SteppingError(f"data set {cfg.name!r} does not tell its number of classes: pass data.num_classes=COUNT")
     return count

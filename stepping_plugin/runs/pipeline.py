@@ -3,7 +3,7 @@
 Every stage leaves its result in the output folder and is taken from there when the same recipe runs again, so a run
 that was killed continues where it was:
 
-    recipe.yaml             the resolved recipe
+    recipe.yaml             the resolved recipe; .stepping-run.json says whose folder it is, see `runs.folder`
     original.safetensors    weights of the trained original; original/ has its log and checkpoint
     construction/           log and checkpoint of the construction
     constructed.safetensors the net before retraining; retrain/ has log and checkpoint
@@ -13,27 +13,29 @@ that was killed continues where it was:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import math
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from accelerate.utils import gather_object
+from torch import nn
 
 from ..construction.config import ConstructionConfig
 from ..construction.flow import Construction
 from ..construction.start import convert, one_shot
-from ..errors import CheckpointError, SteppingError
+from ..errors import CheckpointError, SteppingError, explain
+from ..graph.device import usable_device
 from ..integrations.timm.models import named_model
 from ..net import SteppingNet, load
 from ..training.checkpoint import (
+    ADVICE,
+    check_random_state,
     load_checkpoint,
     random_state,
     restore_random_state,
@@ -48,21 +50,26 @@ from ..views.contribution import idle_levels
 from ..views.summary import units_per_level
 from .data import DataBundle, build_data
 from .early_exit import answers_of, early_exit_curve
+from .folder import opened_folder, settings_of
 from .machine import describe_machine
 from .recipe import dump_recipe
 from .recipe_schema import ModelConfig, Recipe, TeacherConfig
 from .report import write_report
+from .weights import load_weights, save_weights
 
 __all__ = ["Run", "plan", "run_recipe"]
 
 RECONSTRUCTION_BATCH = 250
 SAVE_EVERY = 30.0  # seconds between checkpoints of the construction
-RESULTS = ("recipe.yaml", "original", "original.safetensors", "construction", "constructed.safetensors", "retrain",
-           "net.safetensors", "report.json")  # fmt: skip
 
 
 def run_recipe(
-    recipe: Recipe, folder: str | Path, *, fresh: bool = False, say: Callable[[str], None] = print
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+    source: str | Path | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; returns the report's data (see `report`).
 
@@ -71,11 +78,12 @@ def run_recipe(
         folder: for all results.
         fresh: discard what an earlier run left in the folder instead of continuing it.
         say: told what is going on (main process only).
+        source: file that the recipe comes from; it is not removed or replaced.
 
     Raises:
-        SteppingError: data, budgets, model or an earlier run in the folder do not fit.
+        SteppingError: data, budgets, model or an earlier run in the folder do not fit; another run is on in it.
     """
-    return Run(recipe, Path(folder), say).everything(fresh)
+    return Run(recipe, Path(folder), say).everything(fresh, source)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -108,8 +116,12 @@ class Run:
     _data: DataBundle | None = None
     _epochs: int = 0
 
-    def everything(self, fresh: bool) -> dict[str, Any]:
-        self._prepare_folder(fresh)
+    def everything(self, fresh: bool, source: str | Path | None = None) -> dict[str, Any]:
+        self._check_before(fresh)
+        with self._held(fresh, source):
+            return self._all_stages()
+
+    def _all_stages(self) -> dict[str, Any]:
         seed_generators(self.recipe.seed)
         original = None
         if self.recipe.model.net is not None:
@@ -124,15 +136,65 @@ class Run:
         accuracies["after"] = self.accuracy(net)
         return self._finish(net, accuracies, reference)
 
+    # --- before anything is written, or removed
+
+    def _check_before(self, fresh: bool) -> None:
+        """What can be known in seconds is not found out after hours of training.
+
+        Raises:
+            SteppingError: device, data, teacher, model or saved net do not fit.
+            BudgetError: budgets that the model cannot meet.
+        """
+        recipe = self.recipe
+        if recipe.device != "auto":
+            usable_device(recipe.device)
+        for key, path in self._inputs().items():
+            if not path.is_file():
+                raise SteppingError(explain("no such file", where=key, got=str(path), action="Check the path."))
+        if recipe.model.net is not None:
+            self._check_classes(load(recipe.model.net))
+            if recipe.retrain.epochs:
+                self.teacher(None)
+        elif fresh or not (self.folder / "original.safetensors").is_file():
+            self.start(self.build_model(recipe.model, pretrained=False))
+
+    def _inputs(self) -> dict[str, Path]:
+        """Files that the recipe reads, by key."""
+        recipe = self.recipe
+        named = {"model.net": recipe.model.net, "model.checkpoint_path": recipe.model.checkpoint_path}
+        if recipe.retrain.teacher is not None:
+            named["retrain.teacher.checkpoint_path"] = recipe.retrain.teacher.checkpoint_path
+        return {key: Path(path) for key, path in named.items() if path is not None}
+
+    @contextlib.contextmanager
+    def _held(self, fresh: bool, source: str | Path | None) -> Iterator[None]:
+        """The output folder, which the main process takes for all of them; what keeps it from that, all raise."""
+        inputs = self._inputs()
+        if source is not None and Path(source).is_file():
+            inputs["recipe"] = Path(source)
+        with contextlib.ExitStack() as stack:
+            refused: SteppingError | None = None
+            if self.main:
+                try:
+                    folder = opened_folder(self.folder, self.recipe, fresh=fresh, inputs=inputs, say=self._say)
+                    stack.enter_context(folder)
+                except SteppingError as error:
+                    refused = error
+            for problem in gather_object([refused]):
+                if problem is not None:
+                    raise problem
+            yield
+
     # --- stages
 
     def train_original(self) -> nn.Module:
         """The original network: pretrained, or trained by the recipe, or from an earlier run."""
         recipe, done = self.recipe, self.folder / "original.safetensors"
+        settings = settings_of(recipe, "model", "data", "train", "seed")
         model = self.build_model(recipe.model, recipe.model.pretrained)
         if done.is_file():
             self._say("original: from an earlier run")
-            _load_weights(model, done)
+            load_weights(model, done, settings)
             return model.eval()
         if recipe.train.epochs:
             self._say(f"original: {recipe.model.name}, {recipe.train.epochs} epochs")
@@ -142,7 +204,7 @@ class Run:
                       checkpoint_dir=self.folder / "original", log=self._log)  # fmt: skip
             self.history["original"] = log.epochs
         if self.main:
-            _save_weights(model, done)
+            save_weights(model, done, settings)
         return model.eval()
 
     def construct(self, original: nn.Module) -> SteppingNet:
@@ -187,9 +249,7 @@ class Run:
         construction = Construction(net, loader, config, seed=self.recipe.seed, device=self.recipe.device)
         path = self.folder / "construction" / "state.safetensors"
         if path.is_file():
-            state = load_checkpoint(path)
-            construction.load_state_dict(state["construction"])
-            restore_random_state(state["random"])
+            _continue(construction, path)
         self._say(f"construction: {config.flow} flow, iteration {construction.iteration} of {config.iterations}")
         saved = time.monotonic()
         for record in construction:
@@ -297,7 +357,7 @@ class Run:
         own = {"num_classes": data.num_classes, "in_chans": data.in_chans, "pretrained": pretrained}
         model = named_model(config.name, data.img_size, **{**own, **config.kwargs})
         if config.checkpoint_path:
-            _load_weights(model, Path(config.checkpoint_path))
+            load_weights(model, Path(config.checkpoint_path))
         return model
 
     def _check_classes(self, net: SteppingNet) -> None:
@@ -307,25 +367,6 @@ class Run:
                 f"model.net: the net was made for images {net.analysis.image_size} and {classes} classes, data.name="
                 f"{self.recipe.data.name} has images {size} and {self.data.num_classes} classes."
             )
-
-    def _prepare_folder(self, fresh: bool) -> None:
-        """Every process checks, the main process writes, all wait for it."""
-        everybody = processes(self.recipe.device)
-        own, written = dump_recipe(self.recipe), self.folder / "recipe.yaml"
-        if fresh and self.main:
-            for name in RESULTS:
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        everybody.wait_for_everyone()
-        if written.is_file() and _comparable(written.read_text()) != _comparable(own):
-            raise CheckpointError(
-                f"{self.folder} holds a run of another recipe (compare its recipe.yaml). Choose another folder with "
-                "output=DIR, or discard that run with --fresh."
-            )
-        everybody.wait_for_everyone()
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            written.write_text(own)
 
     def _timed(self, stage: str, function: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter()
@@ -379,36 +420,33 @@ def report_data(
     }
 
 
+def _continue(construction: Construction, path: Path) -> None:
+    """Where an earlier run left the construction.
+
+    Raises:
+        CheckpointError: the file is damaged, or belongs to another construction.
+    """
+    content = load_checkpoint(path)
+    try:
+        state = content["construction"]
+        done, settings = state["iteration"], construction.config
+        fine = isinstance(done, int) and 0 <= done <= settings.iterations and len(state["records"]) == done
+        least = done * max(settings.batches, settings.importance_batches if construction.evaluator else 0)
+        if not fine or state["batches"] != least:
+            raise ValueError(f"iteration {done} with {len(state['records'])} records and {state['batches']} batches")
+        check_random_state(content["random"])
+        construction.load_state_dict(state)
+    except SteppingError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        text = f"damaged state of a construction ({type(error).__name__}: {error})"
+        raise CheckpointError(explain(text, where=str(path), action=ADVICE)) from None
+    restore_random_state(content["random"])
+
+
 def _worth_a_line(number: int, total: int) -> bool:
     return number % max(1, total // 10) == 0 or number == total
 
 
 def _mean(values: list[float] | float) -> float:
     return sum(values) / len(values) if isinstance(values, list) else values
-
-
-def _comparable(text: str) -> str:
-    """A resolved recipe without what may differ between a run and its continuation."""
-    return "\n".join(line for line in text.splitlines() if not line.startswith(("output:", "device:")))
-
-
-def _save_weights(model: nn.Module, path: Path) -> None:
-    tensors: dict[str, Tensor] = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata={"weights": json.dumps({"class": type(model).__qualname__})})
-    partial.replace(path)
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise SteppingError(f"checkpoint_path: no such file: {path}")
-    if path.suffix != ".safetensors":
-        raise SteppingError(
-            f"checkpoint_path: got {path}, expected a .safetensors file: other formats can hold code (pickle). If you "
-            "trust the file, convert it once: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
-            "'weights.safetensors')."
-        )
-    try:
-        model.load_state_dict(load_file(path))
-    except Exception as error:
-        raise CheckpointError(f"{path}: not the weights of {type(model).__name__} as built here ({error}).") from None

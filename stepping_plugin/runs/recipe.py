@@ -8,23 +8,29 @@ and `12:30` are words (a key that is true or false still takes `no` and `off`).
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+import reprlib
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from stepping_plugin.errors import RecipeError, nearest
+from stepping_plugin.runs.effects import without_effect
 from stepping_plugin.runs.recipe_schema import Recipe
+from stepping_plugin.runs.recipe_yaml import read_yaml, write_yaml
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # from Python 3.11 on
 
 __all__ = ["Recipe", "dump_recipe", "load_recipe", "parse_recipe", "shipped_recipes"]
+
+
+LARGEST = 2**20  # bytes of a file that is opened at all
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -46,16 +52,21 @@ def parse_recipe(
 ) -> Recipe:
     """Like `load_recipe`, from YAML text; `output` defaults to runs/`name`."""
     try:
-        raw = yaml.load(text, Loader=_Loader)
-    except _UNREADABLE as error:
-        raise RecipeError(f"not readable as YAML: {_one_line(error)}", source) from None
+        raw, file = read_yaml(text), read_yaml(text)
+    except ValueError as error:
+        raise RecipeError(f"not readable as YAML: {error}", source) from None
     if not isinstance(raw, dict):
         raise RecipeError(f"got {_show(raw)}, expected sections such as `model:` and `data:`", source)
-    problems = [problem for override in overrides if (problem := _override(raw, override))]
+    given: dict[str, Any] = {}
+    problems = [problem for override in overrides if (problem := _override(raw, override, given))]
     try:
         recipe = Recipe.model_validate(raw)
-    except ValidationError as error:
-        problems += [_explain(detail, raw) for detail in error.errors()]
+    except (ValidationError, RecursionError) as error:
+        details = error.errors() if isinstance(error, ValidationError) else []
+        problems += list(dict.fromkeys(_explain(detail, raw) for detail in _one_per_key(details)))
+        problems += [] if details else ["nested too deeply"]
+    else:
+        problems += _given_in_vain(recipe, file, given)
     if problems:
         raise RecipeError(problems, source)
     return recipe if recipe.output else recipe.model_copy(update={"output": f"runs/{name}"})
@@ -63,7 +74,20 @@ def parse_recipe(
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every key spelled out; `parse_recipe` gives it back unchanged."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=100)
+    return write_yaml(recipe.model_dump(mode="json"))
+
+
+def _given_in_vain(recipe: Recipe, file: dict[str, Any], overrides: dict[str, Any]) -> list[str]:
+    """Keys without effect: those of the file if the file itself is the reason, those of the overrides in any case.
+
+    A recipe whose training is switched off by an override keeps the keys of that training.
+    """
+    problems = list(without_effect(recipe, overrides, whole=False))
+    if not overrides:
+        return problems + list(without_effect(recipe, file, whole=True))
+    with contextlib.suppress(ValidationError):  # the overrides complete it
+        problems += without_effect(Recipe.model_validate(file), file, whole=True)
+    return problems
 
 
 def shipped_recipes() -> dict[str, Traversable]:
@@ -78,6 +102,8 @@ def _read(path_or_name: str | Path) -> tuple[str, str]:
     path = Path(path_or_name)
     try:
         if path.is_file():
+            if path.stat().st_size > LARGEST:
+                raise OSError(f"{path.stat().st_size:,} bytes; a recipe has at most {LARGEST:,}")
             return path.stem, path.read_text(encoding="utf-8")
         shipped = shipped_recipes()
         if str(path_or_name) in shipped:
@@ -89,70 +115,23 @@ def _read(path_or_name: str | Path) -> tuple[str, str]:
     )
 
 
-# --- YAML ---------------------------------------------------------------------------------------------------
-
-_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # bad syntax, endless numbers, endless nesting
+# --- Overrides ----------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars (the library follows 1.1), and a key that is given twice is an error."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (drops the inherited ones)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if isinstance(key_node, yaml.ScalarNode) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(str(key))
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Sections as blocks, lists on one line, quotes around words that YAML 1.1 or 1.2 reads otherwise."""
-
-    def represent_sequence(self, tag: str, sequence: Any, flow_style: Any = None) -> yaml.SequenceNode:
-        return super().represent_sequence(tag, sequence, flow_style=True)
-
-    def represent_mapping(self, tag: str, mapping: Any, flow_style: Any = None) -> yaml.MappingNode:
-        return super().represent_mapping(tag, mapping, flow_style=False)
-
-
-_SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {  # kind: pattern of YAML 1.2's core schema, reader
-    "null": (r"~|null|Null|NULL|", lambda text: None),
-    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
-    "int": (r"[-+]?[0-9]+", int),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        lambda text: float(re.sub(r"\.([a-z])", r"\1", text.lower())),  # .inf -> inf
-    ),
-}
-
-
-def _teach(kind: str, pattern: str, read: Callable[[str], Any]) -> None:
-    tag = f"tag:yaml.org,2002:{kind}"
-    for yaml_class in (_Loader, _Dumper):
-        yaml_class.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), None)
-    _Loader.add_constructor(tag, lambda _loader, node: read(node.value))
-
-
-for _kind, (_pattern, _read_scalar) in _SCALARS.items():
-    _teach(_kind, _pattern, _read_scalar)
-
-
-def _override(raw: dict[str, Any], override: str) -> str | None:
-    """Apply one `key.sub=value` to `raw`; returns what is wrong with it, or None."""
+def _override(raw: dict[str, Any], override: str, given: dict[str, Any]) -> str | None:
+    """Apply one `key.sub=value` to `raw`, and note it in `given`; returns what is wrong with it, or None."""
     path, equals, text = override.partition("=")
-    if override.startswith("-") or not equals or not path.strip():
+    *sections, last = (part.strip() for part in path.split("."))
+    if override.startswith("-") or not equals or not all([*sections, last]):
         return f"override {override!r}: expected key=value or key.sub=value, for example train.epochs=5"
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except _UNREADABLE as error:
-        return f"override {override!r}: the value is not readable as YAML: {_one_line(error)}"
-    *sections, last = path.strip().split(".")
+        value = read_yaml(text)
+    except ValueError as error:
+        return f"override {_show(override)}: the value is not readable as YAML: {error}"
+    if len(sections) > 8:
+        return f"override {_show(override)}: {len(sections)} sections deep; no key of a recipe lies so deep"
+    if sections:
+        given.setdefault(sections[0], {})[(sections + [last])[1]] = value
     place = raw
     for depth, section in enumerate(sections):
         if place.get(section) is None:
@@ -174,6 +153,8 @@ _EXPECTED = {  # by pydantic's error type; {} is filled from the error's context
     "int_from_float": "a whole number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
+    "string_too_short": "a word",
+    "string_too_long": "at most {max_length} letters",
     "string_type": "a word (write quotes around numbers)",
     "list_type": "a list, for example [1, 2]",
     "tuple_type": "a list of two numbers",
@@ -189,12 +170,28 @@ _EXPECTED = {  # by pydantic's error type; {} is filled from the error's context
 }
 
 
+def _place(detail: ErrorDetails) -> list[str]:
+    """Keys and indices on the way to a value, without the members of unions that pydantic tried."""
+    return [str(part) for part in detail["loc"] if not re.match(r"(float|int|str)$|constrained-|literal\[", str(part))]
+
+
+def _one_per_key(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """The first complaint about every value: each member of a union has its own."""
+    first: dict[str, ErrorDetails] = {}
+    for detail in details:
+        first.setdefault(".".join(_place(detail)), detail)
+    return list(first.values())
+
+
 def _explain(detail: ErrorDetails, raw: dict[str, Any]) -> str:
     """One pydantic error in our words: path, what was given, what was expected, the nearest valid key."""
-    loc = [str(part) for part in detail["loc"] if part not in ("float", "int", "str")]  # members of a union
+    loc = _place(detail)
     path, kind, given = ".".join(loc), detail["type"], detail["input"]
     if kind == "extra_forbidden":
         return f"{path}: unknown key; {_nearest_key(loc)}"
+    if any(part.isdigit() for part in loc[1:]) and kind == "missing":  # [low] instead of [low, high]
+        loc = loc[: next(i for i, part in enumerate(loc) if part.isdigit())]
+        return f"{'.'.join(loc)}: got {_show(given)}, expected a list of two numbers"
     if kind == "missing":
         field = Recipe.model_fields.get(loc[0])
         return f"{path}: missing; expected {_describe(loc) or (field.description if field else 'a value')}"
@@ -272,9 +269,10 @@ def _show(value: object) -> str:
     """A value as a reader of the recipe knows it, at most 60 characters."""
     if value is None:
         return "nothing"
-    text = repr(value) if not isinstance(value, bool) else str(value).lower()
+    text = _SHORT.repr(value) if not isinstance(value, bool) else str(value).lower()
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()
+_SHORT = reprlib.Repr()  # never writes out a whole value in order to cut it
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 12

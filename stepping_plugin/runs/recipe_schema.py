@@ -9,37 +9,34 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from stepping_plugin.errors import nearest
+from stepping_plugin.runs.recipe_data import (
+    BATCH,
+    EPOCHS,
+    LR,
+    SEED,
+    SUBNETS,
+    TORCH_SETS,
+    UPDATES,
+    DataConfig,
+    Section,
+    key,
+)
+from stepping_plugin.units.levels import BUDGET_TEXT, SUFFIX
 
-__all__ = ["Construction", "DataConfig", "ModelConfig", "Recipe", "Retrain", "Train"]
+__all__ = ["TORCH_SETS", "Construction", "DataConfig", "ModelConfig", "Recipe", "Retrain", "Section", "Train"]
 
-TORCH_SETS = ("cifar10", "cifar100", "kmnist", "mnist", "qmnist")  # of torchvision, one array in memory
-_KNOWN_SETS = ("digits", "fashion_mnist", "imagefolder", *TORCH_SETS)
-_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # of timm.data.create_dataset
 _SCHEDULES = Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"]
 
 
-def key(default: Any, description: str, **limits: Any) -> Any:
-    return Field(default, description=description, **limits)
-
-
-class Section(BaseModel):
-    """Common to all sections: unknown keys, NaN and infinity are errors; values cannot be changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would read `epochs: true` as 1."""
-        if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError("true and false are not values of this key")
-        return value
+_ELSEWHERE = {"num_classes": "the data set (data.num_classes where it does not tell)", "in_chans": "the data set",
+              "img_size": "data.img_size", "pretrained": "pretrained beside kwargs",
+              "checkpoint_path": "checkpoint_path beside kwargs"}  # fmt: skip
 
 
 class TeacherConfig(Section):
@@ -50,6 +47,17 @@ class TeacherConfig(Section):
     checkpoint_path: str | None = key(None, ".safetensors file of weights to start from")
     kwargs: dict[str, Any] = key({}, "further arguments of timm.create_model, for example width_mult or drop_path_rate")
 
+    @field_validator("kwargs")
+    @classmethod
+    def _only_of_the_model(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What has a key of its own, and what names files or addresses to read."""
+        for name in kwargs:
+            if name in _ELSEWHERE:
+                raise ValueError(f"{name} is set by {_ELSEWHERE[name]}: remove it here")
+            if name.startswith(("pretrained", "checkpoint", "cache")):
+                raise ValueError(f"{name}: files of weights are named by checkpoint_path beside kwargs only")
+        return kwargs
+
     @field_validator("name")
     @classmethod
     def _timm_knows_it(cls, name: str | None) -> str | None:
@@ -57,7 +65,7 @@ class TeacherConfig(Section):
 
         import stepping_plugin.integrations.timm  # noqa: F401 (registers the paper's networks)
 
-        if name and ":" not in name and not timm.is_model(name.split(".")[0]):  # hf-hub:... is timm's to resolve
+        if name is not None and ":" not in name and not timm.is_model(name.split(".")[0]):  # hf-hub:... is timm's
             raise ValueError(f"timm has no model {name!r}; {_closest(name, timm.list_models(), 'timm.list_models()')}")
         return name
 
@@ -75,69 +83,16 @@ class ModelConfig(TeacherConfig):
         return net
 
 
-class DataConfig(Section):
-    """Which pictures, how they are split and augmented."""
-
-    name: str = key(..., "digits, fashion_mnist, cifar10, cifar100, mnist, imagefolder, or a name that timm opens")
-    root: str | None = key(None, "folder of the data, relative to the current folder")
-    download: bool = key(False, "let torchvision or the hub fetch the data")
-    val_fraction: float | None = key(
-        None, "share of the training set held out for validation; null: 0.1 in memory, 0 on disk", ge=0, lt=1
-    )
-    split_seed: int = key(0, "of the splits; apart from `seed`, so that runs with other seeds share them", ge=0)
-    limit: int | None = key(None, "use only so many training samples", ge=1)
-    img_size: int | None = key(None, "resize to this many pixels; null: as they are, or as the model wants them", ge=1)
-    mean: list[float] | None = key(None, "per channel; null: of the training set, or as the model wants it")
-    std: list[float] | None = key(None, "per channel; null: of the training set, or as the model wants it")
-    hflip: float | None = key(None, "probability of a mirror image; null: what suits the set", ge=0, le=1)
-    shift: int | None = key(None, "random shift in pixels, sets in memory only; null: what suits the set", ge=0)
-    workers: int = key(4, "loader processes, sets on disk only", ge=0)
-    train_split: str = key("train", "timm's name of the training split")
-    val_split: str = key("validation", "timm's name of the test split")
-    num_classes: int | None = key(None, "where the set does not tell", ge=2)
-    scale: tuple[float, float] | None = key(None, "area range of timm's random crop, sets on disk only")
-    ratio: tuple[float, float] | None = key(None, "aspect range of timm's random crop, sets on disk only")
-    color_jitter: float | None = key(None, "of timm, sets on disk only", ge=0)
-    aa: str | None = key(None, "timm's auto-augment, for example rand-m9-mstd0.5-inc1, sets on disk only")
-    reprob: float = key(0.0, "probability of random erasing, sets on disk only", ge=0, le=1)
-    crop_pct: float | None = key(None, "of the evaluation crop, sets on disk only", gt=0, le=1)
-    interpolation: str | None = key(None, "of the evaluation resize, sets on disk only")
-
-    @property
-    def in_memory(self) -> bool:
-        return _in_memory(self.name)
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in _KNOWN_SETS and not name.startswith(_PREFIXES):
-            raise ValueError(
-                f"no data set {name!r}; {nearest(name, _KNOWN_SETS)} (or a name starting with torch/, hfds/)"
-            )
-        return name
-
-    @field_validator("scale", "ratio", "color_jitter", "aa", "reprob", "crop_pct", "interpolation", "shift")
-    @classmethod
-    def _has_an_effect(cls, value: Any, info: ValidationInfo) -> Any:
-        """A key that this kind of set would ignore is a mistake."""
-        name = info.data.get("name")
-        given = value != cls.model_fields[str(info.field_name)].default
-        if name is not None and given and _in_memory(name) != (info.field_name == "shift"):
-            alternative = "shift and hflip" if _in_memory(name) else "scale and ratio"
-            raise ValueError(f"has no effect on data.name={name}; there, use {alternative}")
-        return value
-
-
 class Optimisation(Section):
     """One optimizer and its batches."""
 
-    batch_size: int = key(128, "per process", ge=1)
+    batch_size: int = key(128, "per process", ge=1, le=BATCH)
     opt: str = key("sgd", "timm optimizer")
-    lr: float = key(0.05, "learning rate", gt=0)
+    lr: float = key(0.05, "learning rate", gt=0, le=LR)
     momentum: float = key(0.9, "of optimizers that have one", ge=0, lt=1)
-    weight_decay: float = key(5e-4, "not applied to biases and norms", ge=0)
-    clip_grad: float | None = key(None, "largest norm of the gradient; null: not clipped", gt=0)
-    grad_accum_steps: int = key(1, "batches per optimizer step", ge=1)
+    weight_decay: float = key(5e-4, "not applied to biases and norms", ge=0, le=100)
+    clip_grad: float | None = key(None, "largest norm of the gradient; null: not clipped", gt=0, le=1e9)
+    grad_accum_steps: int = key(1, "batches per optimizer step", ge=1, le=UPDATES)
     amp: bool = key(False, "mixed precision")
     amp_dtype: Literal["float16", "bfloat16"] = key("bfloat16", "of mixed precision")
 
@@ -155,20 +110,41 @@ class Optimisation(Section):
 class Train(Optimisation):
     """Training of the original network. With `epochs: 0` it is used as it comes (pretrained)."""
 
-    epochs: int = key(10, "0: no training", ge=0)
-    validation_batch_size: int | None = key(None, "null: batch_size", ge=1)
+    epochs: int = key(10, "0: no training", ge=0, le=EPOCHS)
+    validation_batch_size: int | None = key(None, "null: batch_size", ge=1, le=BATCH)
     sched: _SCHEDULES = key("cosine", "timm schedule of the learning rate")
     sched_on_updates: bool = key(True, "the schedule moves at every step, not only at every epoch")
-    warmup_epochs: int = key(0, "of linear warm-up", ge=0)
-    warmup_lr: float = key(1e-5, "at which the warm-up begins", ge=0)
-    min_lr: float = key(0.0, "at which the schedule ends", ge=0)
-    cooldown_epochs: int = key(0, "at min_lr, after the schedule", ge=0)
-    decay_epochs: float | None = key(None, "period of sched: step; null: timm's default", gt=0)
-    decay_milestones: list[int] = key([], "epochs of sched: multistep", validate_default=True)
-    decay_rate: float = key(0.1, "of sched: step and multistep", gt=0)
+    warmup_epochs: int = key(0, "of linear warm-up", ge=0, le=EPOCHS)
+    warmup_lr: float = key(1e-5, "at which the warm-up begins", ge=0, le=LR)
+    min_lr: float = key(0.0, "at which the schedule ends", ge=0, le=LR)
+    cooldown_epochs: int = key(0, "at min_lr, after the schedule", ge=0, le=EPOCHS)
+    decay_epochs: float | None = key(
+        None, "period of sched: step, length of the decay of wsd and rsqrt; null: timm's default", gt=0, le=EPOCHS
+    )
+    decay_milestones: list[Annotated[int, Field(ge=1, le=EPOCHS)]] = key(
+        [], "epochs of sched: multistep", validate_default=True, max_length=1000
+    )
+    decay_rate: float = key(0.1, "of sched: step and multistep; power of poly", gt=0, le=100)
     smoothing: float = key(0.0, "label smoothing", ge=0, lt=1)
     model_ema: bool = key(False, "keep and report an exponential moving average of the weights")
     model_ema_decay: float = key(0.9998, "of the moving average", gt=0, lt=1)
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _within_the_training(cls, warmup: int, info: ValidationInfo) -> int:
+        epochs = info.data.get("epochs")
+        if epochs and warmup > epochs:
+            raise ValueError(f"longer than the training, epochs: {epochs}")
+        return warmup
+
+    @field_validator("decay_epochs")
+    @classmethod
+    def _fits_the_schedule(cls, decay: float | None, info: ValidationInfo) -> float | None:
+        """As timm asks for it when the training begins, which may be hours later."""
+        epochs, left = info.data.get("epochs"), (info.data.get("epochs") or 0) - info.data.get("warmup_epochs", 0)
+        if epochs and decay is not None and decay >= 1 and info.data.get("sched") in ("wsd", "rsqrt") and decay > left:
+            raise ValueError(f"longer than the {left} epochs after the warm-up")
+        return decay
 
     @field_validator("decay_milestones")
     @classmethod
@@ -185,9 +161,11 @@ class Construction(Optimisation):
 
     flow: Literal["trajectory", "paper"] = key("trajectory", "how units move; paper: the literal rules of the paper")
     policy: Literal["steppingnet", "any-width", "random"] = key("steppingnet", "which units go to which level")
-    iterations: int = key(30, "N_t of the paper", ge=1)
-    batches: int = key(10, "m of the paper: training batches per iteration", ge=0)
-    cooldown_iterations: int = key(3, "after the last moves, train m batches so many times at a falling lr", ge=0)
+    iterations: int = key(30, "N_t of the paper", ge=1, le=EPOCHS)
+    batches: int = key(10, "m of the paper: training batches per iteration", ge=0, le=UPDATES)
+    cooldown_iterations: int = key(
+        3, "after the last moves, train m batches so many times at a falling lr", ge=0, le=EPOCHS
+    )
     expansion: Annotated[float, Field(ge=1, le=16)] | Literal["auto"] = key(
         "auto", "widen every layer by this factor before construction; auto: the least one that the budgets need"
     )
@@ -197,10 +175,10 @@ class Construction(Optimisation):
     importance: Literal["per-sample", "per-batch", "magnitude", "random"] = key(
         "per-sample", "estimator of Eq. 2 and 3"
     )
-    importance_batches: int = key(2, "batches per iteration on which Eq. 2 is evaluated", ge=1)
-    alpha: float = key(1.5, "alpha_k = alpha ** (k - 1) of Eq. 3", gt=0)
+    importance_batches: int = key(2, "batches per iteration on which Eq. 2 is evaluated", ge=1, le=UPDATES)
+    alpha: float = key(1.5, "alpha_k = alpha ** (k - 1) of Eq. 3", ge=1e-3, le=1e3)
     beta: float = key(0.9, "suppression of weight updates (III-A2); 1: none", gt=0, le=1)
-    threshold: float = key(1e-5, "weights below it are pruned; 0: none", ge=0)
+    threshold: float = key(1e-5, "weights below it are pruned; 0: none", ge=0, le=1)
     band: tuple[float, float] | None = key(
         (0.8, 1.25), "least and greatest width of a layer relative to the uniform pattern; null: free"
     )
@@ -213,6 +191,7 @@ class Construction(Optimisation):
         0,
         "training pictures on which least squares brings the original's values back, before retraining; 0: none",
         ge=0,
+        le=UPDATES,
     )
 
     @field_validator("band", "increments")
@@ -227,8 +206,10 @@ class Retrain(Train):
     """Training of the subnets after construction (III-B, Eq. 4)."""
 
     gamma: float = key(0.4, "weight of the cross entropy, 1 - gamma that of the teacher (Eq. 4)", ge=0, le=1)
-    temperature: float = key(1.0, "of the distillation", gt=0)
-    subnet_weights: list[float] | None = key(None, "weight of every subnet's loss, smallest subnet first; null: all 1")
+    temperature: float = key(1.0, "of the distillation", ge=1e-3, le=1e3)
+    subnet_weights: list[Annotated[float, Field(le=1e6)]] | None = key(
+        None, "weight of every subnet's loss, smallest subnet first; null: all 1"
+    )
     beta: float = key(0.9, "suppression of weight updates (III-A2); 1: none", gt=0, le=1)
     updates: Literal["joint", "sequential"] = key("joint", "one pass for all subnets, or the paper's ascending order")
     distill_from: Literal["original", "largest", "teacher", "none"] = key(
@@ -263,13 +244,23 @@ class Recipe(Section):
         [],
         'ascending; numbers up to 1.0 and "40%": shares of the MACs; whole numbers and "300M": MACs',
         validate_default=True,
+        max_length=SUBNETS,
     )
     train: Train = key(Train(), "training of the original", validate_default=True)
     construction: Construction = key(Construction(), "how the subnets are found")
     retrain: Retrain = key(Retrain(), "training of the subnets")
-    output: str | None = key(None, "folder of the results; null: runs/NAME-OF-THE-RECIPE")
-    seed: int = key(0, "of weights, order and augmentation", ge=0)
+    output: str | None = key(
+        None, "folder of the results; null: runs/NAME-OF-THE-RECIPE", min_length=1, max_length=4096
+    )
+    seed: int = key(0, "of weights, order and augmentation", ge=0, le=SEED)
     device: str = key("auto", "auto, cpu, mps, cuda or cuda:NUMBER", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+
+    @field_validator("output")
+    @classmethod
+    def _a_path(cls, output: str | None) -> str | None:
+        if output is not None and not output.isprintable():
+            raise ValueError("expected a path without control characters")
+        return output
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -314,16 +305,13 @@ class Recipe(Section):
         return train
 
 
-_BUDGET = re.compile(r"([0-9]*\.?[0-9]+)\s*([kMG%])", re.IGNORECASE)
-
-
 def _budget_problem(budget: float | int | str) -> str | None:
     """What is wrong with a single budget, or None."""
     if isinstance(budget, str):
-        match = _BUDGET.fullmatch(budget.strip())
-        if match is None:
+        if BUDGET_TEXT.fullmatch(budget.strip()) is None:
             return f"{budget!r} is no budget: write 0.3, 40%, 300M, 1.2G or a whole number of MACs"
-        if float(match[1]) == 0 or (match[2] == "%" and float(match[1]) > 100):
+        unit, amount = _budget_size(budget)
+        if amount == 0 or (unit == "share" and amount > 1):
             return f"{budget!r} is out of range: a share lies above 0 % and up to 100 %"
     elif isinstance(budget, float) and not 0 < budget <= 1:
         return f"{budget} is out of range: a share lies above 0 and up to 1.0; MACs are whole numbers"
@@ -332,14 +320,15 @@ def _budget_problem(budget: float | int | str) -> str | None:
     return None
 
 
-def _budget_size(budget: float | int | str) -> tuple[str, float]:
-    """("share" of the original or "MACs", amount)."""
+def _budget_size(budget: float | int | str) -> tuple[str, Fraction]:
+    """("share" of the original or "MACs", amount), as `units.levels.parse_budgets` reads it."""
     if isinstance(budget, str):
-        number, unit = _BUDGET.fullmatch(budget.strip()).groups()  # type: ignore[union-attr]  # checked before
-        if unit == "%":
-            return "share", float(number) / 100
-        return "MACs", float(number) * {"k": 1e3, "m": 1e6, "g": 1e9}[unit.lower()]
-    return ("share" if isinstance(budget, float) else "MACs"), float(budget)
+        number, suffix = BUDGET_TEXT.fullmatch(budget.strip()).groups()  # type: ignore[union-attr]  # checked before
+        if suffix == "%":
+            return "share", Fraction(number) / 100
+        kind = "share" if suffix is None and "." in number else "MACs"
+        return kind, Fraction(number) * SUFFIX.get((suffix or "").lower(), 1)
+    return ("share" if isinstance(budget, float) else "MACs"), Fraction(budget)
 
 
 def _scalar(text: str) -> float | int | str:
@@ -349,13 +338,6 @@ def _scalar(text: str) -> float | int | str:
         except ValueError:
             pass
     return text
-
-
-def _in_memory(name: str) -> bool:
-    return name in ("digits", "fashion_mnist") or name.removeprefix("torch/") in (
-        *TORCH_SETS,
-        "fashion_mnist",
-    )
 
 
 def _closest(name: str, names: list[str], source: str) -> str:

@@ -18,13 +18,11 @@ Whatever else they hold (history, machine, times) goes into report.json as it is
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +31,7 @@ from rich.table import Table
 
 from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.files.headers import Contribution
+from stepping_plugin.tensorfile import write_bytes
 from stepping_plugin.views.contribution import contribution_rows, idle_levels
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def write_report(folder: str | os.PathLike[str], data: Mapping[str, Any]) -> Pat
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            _write_atomic(folder / name, content)
+            write_bytes(folder / name, content)
     except OSError as error:
         raise SteppingError(f"the report cannot be written to {folder}: {error.strerror or error}") from error
     return folder / "index.html"
@@ -399,18 +398,3 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

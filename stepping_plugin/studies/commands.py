@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..arguments import SEED, SUBNETS, device, number, output_file, output_folder, whole
 from ..errors import SteppingError
 
 __all__ = ["add_bench", "add_compare", "add_coverage"]
@@ -20,25 +21,25 @@ def add_bench(commands: Any) -> None:
         required=True, metavar="WHAT"
     )
     training = bench.add_parser("training", help="a step of all subnets against plain training")
-    training.add_argument("--rounds", type=int, default=7, help="repetitions (7)")
-    training.add_argument("--device", default="cpu")
+    training.add_argument("--rounds", type=whole(1, 10_000), default=7, help="repetitions (7)")
+    training.add_argument("--device", type=device, default="cpu", help="where to train (cpu)")
     training.set_defaults(command=_bench_training)
     engine = bench.add_parser("engine", help="the steps against the dense model and subnets from scratch")
     engine.add_argument("models", nargs="*", metavar="MODEL", help="timm names; default: five common ones")
-    engine.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (1 8)")
-    engine.add_argument("--subnets", type=int, default=4, help="subnets of equal width shares (4)")
-    engine.add_argument("--turns", type=int, default=15, help="runs of everything; medians count (15)")
+    engine.add_argument("--batch", type=whole(1, 65_536), nargs="+", default=[1, 8], help="batch sizes (1 8)")
+    engine.add_argument("--subnets", type=whole(1, SUBNETS), default=4, help="subnets of equal width shares (4)")
+    engine.add_argument("--turns", type=whole(1, 10_000), default=15, help="runs of everything; medians count (15)")
     engine.add_argument("--compile", action="store_true", help="through torch.compile")
     engine.set_defaults(command=_bench_engine)
     deadline = bench.add_parser("deadline", help="answers to random deadlines, with other work on the machine")
     deadline.add_argument("models", nargs="*", metavar="MODEL", help="timm names; default: resnet18")
-    deadline.add_argument("--requests", type=int, default=200, help="random deadlines (200)")
-    deadline.add_argument("--load", type=int, default=2, help="busy processes beside (2)")
-    deadline.add_argument("--batch", type=int, default=1, help="images per request (1)")
-    deadline.add_argument("--subnets", type=int, default=4, help="subnets of equal width shares (4)")
+    deadline.add_argument("--requests", type=whole(1, 1_000_000), default=200, help="random deadlines (200)")
+    deadline.add_argument("--load", type=whole(0, 256), default=2, help="busy processes beside (2)")
+    deadline.add_argument("--batch", type=whole(1, 65_536), default=1, help="images per request (1)")
+    deadline.add_argument("--subnets", type=whole(1, SUBNETS), default=4, help="subnets of equal width shares (4)")
     deadline.set_defaults(command=_bench_deadline)
     for command in (training, engine, deadline):
-        command.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+        command.add_argument("--threads", type=whole(1, 1024), help="CPU threads; default: torch's own")
         command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -104,15 +105,21 @@ def add_compare(commands: Any) -> None:
     """`stepping compare`."""
     compare = commands.add_parser("compare", help="SteppingNet against its rivals; runs what is missing")
     compare.add_argument("recipe", nargs="?", help="path or name of a recipe; without one, only --page is made")
-    compare.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.limit=2000")
+    compare.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. data.limit=2000")
     compare.add_argument("--study", default="methods", help="methods (default), expansion (Fig. 7), ablation (Fig. 8)")
     compare.add_argument("--methods", nargs="+", metavar="NAME", help="only these variants, e.g. steppingnet slimmable")
-    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="(0 1 2)")
-    compare.add_argument("--results", default="runs/compare", metavar="DIR", help="of the JSON files (runs/compare)")
-    compare.add_argument("--work", default="runs/compare-work", metavar="DIR", help="of unfinished jobs")
+    compare.add_argument("--seeds", nargs="+", type=whole(0, SEED), default=[0, 1, 2], metavar="SEED", help="(0 1 2)")
+    compare.add_argument(
+        "--results", type=output_folder, default="runs/compare", metavar="DIR", help="of the JSON files (runs/compare)"
+    )
+    compare.add_argument(
+        "--work", type=output_folder, default="runs/compare-work", metavar="DIR", help="of unfinished jobs"
+    )
     compare.add_argument("--resume", action="store_true", help="run only what is missing (the default)")
     compare.add_argument("--again", action="store_true", help="run also what is there already")
-    compare.add_argument("--page", metavar="FILE", help="write tables and pictures of all results as a Markdown page")
+    compare.add_argument(
+        "--page", type=output_file, metavar="FILE", help="write tables and pictures of all results as a Markdown page"
+    )
     compare.set_defaults(command=_compare)
 
 
@@ -153,19 +160,25 @@ def add_coverage(commands: Any) -> None:
         action="store_true",
         help="another size of every timm module, mostly the smallest with at least 1.3 times the parameters",
     )
-    which.add_argument("--all-variants-under", type=float, metavar="PARAMS", help="every timm model below, e.g. 5e6")
-    coverage.add_argument("--jobs", type=int, default=1, help="models at a time (1)")
-    coverage.add_argument("--time-limit", type=float, default=600.0, help="seconds per model (600)")
-    coverage.add_argument("--memory-limit", type=float, default=12.0, help="GiB per model (12)")
+    which.add_argument(
+        "--all-variants-under", type=number(1, 1e12), metavar="PARAMS", help="every timm model below, e.g. 5e6"
+    )
+    coverage.add_argument("--jobs", type=whole(1, 256), default=1, help="models at a time (1)")
+    coverage.add_argument("--time-limit", type=number(0.1, 1e6), default=600.0, help="seconds per model (600)")
+    coverage.add_argument("--memory-limit", type=number(0.1, 1e5), default=12.0, help="GiB per model (12)")
     coverage.add_argument("--again", action="store_true", help="repeat models of the output that are not ok")
-    coverage.add_argument("--output", default="coverage_results.json", help="made or continued (coverage_results.json)")
-    coverage.add_argument("--table", metavar="FILE", help="also write the results as a Markdown table")
     coverage.add_argument(
-        "--fuzz", type=int, metavar="COUNT", help="check COUNT random small networks instead of models"
+        "--output", type=output_file, default="coverage_results.json", help="made or continued (coverage_results.json)"
+    )
+    coverage.add_argument(
+        "--table", type=output_file, metavar="FILE", help="also write the results as a Markdown table"
+    )
+    coverage.add_argument(
+        "--fuzz", type=whole(1, 1_000_000), metavar="COUNT", help="check COUNT random small networks instead of models"
     )
     coverage.add_argument("--structure", nargs="+", metavar="NAME", help="units and MACs of models, without weights")
     coverage.add_argument("--json", action="store_true", help="print what --structure finds as JSON")
-    coverage.add_argument("--seed", type=int, default=0, help="first seed of --fuzz (0)")
+    coverage.add_argument("--seed", type=whole(0, SEED), default=0, help="first seed of --fuzz (0)")
     coverage.set_defaults(command=_coverage)
 
 

@@ -225,7 +225,10 @@ class TransformSet:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # without it, loading would draw from the global one
         )
-        yield from loader
+        try:
+            yield from loader
+        except SteppingError as error:  # of a worker: its text is a whole traceback
+            raise SteppingError(str(error).rpartition("SteppingError: ")[2].strip()) from None
 
 
 class EpochLoader:

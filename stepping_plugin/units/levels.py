@@ -21,11 +21,11 @@ from ..errors import BudgetError, SteppingError
 from .analysis import Analysis
 from .macs import MacModel
 
-__all__ = ["channel_levels", "check_budgets", "check_scores", "floor_macs", "locked_units", "parse_budgets",
-           "pins_sentence"]  # fmt: skip
+__all__ = ["BUDGET_TEXT", "SUFFIX", "channel_levels", "check_budgets", "check_scores", "floor_macs",
+           "locked_units", "parse_budgets", "pins_sentence"]  # fmt: skip
 
-_TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[kmgt])?(?:\s*macs?)?", re.IGNORECASE)
-_SUFFIX = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+BUDGET_TEXT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[kmgt])?(?:\s*macs?)?", re.IGNORECASE)
+SUFFIX = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _FORMS = "a fraction such as 0.4, '40%', or MACs such as 300_000_000, '300M' or '1.2G'"
 
 
@@ -70,7 +70,7 @@ def parse_budgets(budgets: Iterable[Any], reference_macs: int, limit: int | None
 def _parse(value: Any, reference: int, limit: int) -> int | str:
     """MACs of one budget, or what is wrong with it."""
     if isinstance(value, str):
-        match = _TEXT.fullmatch(value.strip())
+        match = BUDGET_TEXT.fullmatch(value.strip())
         if match is None:
             return f"cannot read {value!r}; expected {_FORMS}"
         number, suffix = Fraction(match[1]), (match[2] or "").lower()
@@ -78,7 +78,7 @@ def _parse(value: Any, reference: int, limit: int) -> int | str:
             return _fraction(number / 100, value, reference)
         if not suffix and "." in match[1]:
             return _fraction(number, value, reference)
-        return _absolute(math.floor(number * _SUFFIX.get(suffix, 1)), value, limit)
+        return _absolute(math.floor(number * SUFFIX.get(suffix, 1)), value, limit)
     if isinstance(value, bool) or not isinstance(value, Real):
         return f"got {value!r} ({type(value).__name__}); expected {_FORMS}"
     if isinstance(value, Integral):

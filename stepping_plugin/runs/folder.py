@@ -1,0 +1,288 @@
+"""The folder of a run: a marker that says what is in it, a lock that keeps other runs out, and what may be removed.
+
+    .stepping-run.json   the marker: the recipe and the process that holds the folder; written before anything else
+    .stepping-run.lock   locked while a run is on; the system lets it go when the process ends, however it ends
+
+Nothing is ever replaced or removed in a folder without the marker, and with it only files that a run writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+from pydantic import ValidationError
+
+from ..errors import CheckpointError, RecipeError, explain
+from ..tensorfile import write_bytes
+from ..training.checkpoint import differences
+from .recipe import dump_recipe, parse_recipe
+from .recipe_schema import Recipe
+
+__all__ = ["opened_folder", "settings_of"]
+
+MARKER, LOCK, RECIPE = ".stepping-run.json", ".stepping-run.lock", "recipe.yaml"
+FILES = (RECIPE, "original.safetensors", "constructed.safetensors", "net.safetensors", "report.json",
+         "accuracy_vs_macs.png", "units_per_layer.png", "index.html")  # fmt: skip
+FOLDERS = {
+    "original": ("last.safetensors", "log.jsonl"),
+    "construction": ("state.safetensors",),
+    "retrain": ("last.safetensors", "log.jsonl"),
+}
+_FORMAT = "stepping-plugin run 1"
+_FREE = ("output", "device")  # may differ between a run and its continuation
+_ELSEWHERE = "Choose another folder with output=DIR."
+_UNTOUCHED = "Nothing was touched."
+
+
+def settings_of(recipe: Recipe, *sections: str) -> dict[str, Any]:
+    """What results depend on: the whole recipe, or some of its sections."""
+    values = recipe.model_dump(mode="json")
+    return {k: v for k, v in values.items() if k not in _FREE and (not sections or k in sections)}
+
+
+@contextlib.contextmanager
+def opened_folder(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    fresh: bool = False,
+    inputs: Mapping[str, Path] | None = None,
+    say: Callable[[str], None] = print,
+) -> Iterator[None]:
+    """Hold a folder for one run: made, marked, locked, and with nothing of another run in it.
+
+    Args:
+        folder: of the results.
+        recipe: of the run; a folder of another recipe is refused.
+        fresh: discard what an earlier run left.
+        inputs: what the run reads (recipe key: path); the run must not write there.
+        say: told what was mended.
+
+    Raises:
+        CheckpointError: another run is on in it, it holds something else, or it cannot be made. Nothing was removed.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            _check_place(folder)
+            _check_inputs(folder, inputs or {}, recipe, fresh)
+            _check_ownership(folder, recipe)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(folder))
+            _check_ownership(folder, recipe)  # again: now nobody else changes it
+            _take(folder, recipe, fresh, say)
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            raise CheckpointError(f"{folder}: cannot be used as output folder ({reason}). {_ELSEWHERE}") from None
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- checks
+
+
+def _check_place(folder: Path) -> None:
+    """Things of the wrong kind under the names that a run writes to."""
+    for place in (folder, *(folder / name for name in FOLDERS)):
+        if os.path.lexists(place) and not place.is_dir():
+            raise CheckpointError(
+                explain("in the way", where=str(place), got="a file", expected="a folder", action=_ELSEWHERE)
+            )
+    files = [folder / name for name in (MARKER, LOCK, *FILES)]
+    files += [folder / name / inner for name, inside in FOLDERS.items() for inner in inside]
+    for place in files:
+        if place.is_dir():
+            raise CheckpointError(
+                explain("in the way", where=str(place), got="a folder", expected="a file", action=_ELSEWHERE)
+            )
+
+
+def _check_inputs(folder: Path, inputs: Mapping[str, Path], recipe: Recipe, fresh: bool) -> None:
+    """A run that would replace or remove what it reads."""
+    for key, path in inputs.items():
+        name = _own_name(folder, path)
+        if name is None or (key == "recipe" and name == RECIPE and not (fresh and _other_text(path, recipe))):
+            continue
+        raise CheckpointError(
+            f"{key}: {path} is {name} of the output folder, which this run would replace or discard. {_UNTOUCHED} "
+            "Choose another folder with output=DIR, or copy the file elsewhere."
+        )
+
+
+def _own_name(folder: Path, path: Path) -> str | None:
+    """The name under which a run in this folder would write to `path`, if it would."""
+    names = [*FILES, *(f"{outer}/{inner}" for outer, inside in FOLDERS.items() for inner in inside)]
+    for name in names:
+        own = folder / name
+        if os.path.realpath(own) == os.path.realpath(path):
+            return name
+        with contextlib.suppress(OSError):
+            if own.samefile(path):
+                return name
+    return None
+
+
+def _other_text(path: Path, recipe: Recipe) -> bool:
+    """Whether a recipe file holds something else than what the run would write in its place."""
+    try:
+        return _lines(path.read_text(encoding="utf-8")) != _lines(dump_recipe(recipe))
+    except (OSError, UnicodeDecodeError):
+        return True
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if not line.startswith(tuple(f"{key}:" for key in _FREE))]
+
+
+def _check_ownership(folder: Path, recipe: Recipe) -> None:
+    """Without a marker nothing of the names that a run writes may be there, but for runs of older versions."""
+    if (folder / MARKER).exists():
+        return
+    found = sorted(name for name in (*FILES, *FOLDERS) if os.path.lexists(folder / name))
+    if not found or _is_older_run(folder, recipe):
+        return
+    raise CheckpointError(
+        f"{folder} holds {', '.join(found[:4])} but no marker of a run ({MARKER}), so nothing says what they belong "
+        f"to. {_UNTOUCHED} {_ELSEWHERE}"
+    )
+
+
+def _is_older_run(folder: Path, recipe: Recipe) -> bool:
+    """A run of this very recipe, by a version that left no marker."""
+    try:
+        text = (folder / RECIPE).read_text(encoding="utf-8")
+        return _lines(text) == _lines(dump_recipe(recipe)) or not _changes(settings_of(parse_recipe(text)), recipe)
+    except (OSError, UnicodeDecodeError, RecipeError):
+        return False
+
+
+def _changes(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Where an earlier recipe differs; keys that it did not have yet count as their defaults."""
+    with contextlib.suppress(ValidationError):
+        old = settings_of(Recipe.model_validate(old))
+    return differences(dict(old), settings_of(recipe))
+
+
+# ------------------------------------------------------------------------------------------------- taking it over
+
+
+def _take(folder: Path, recipe: Recipe, fresh: bool, say: Callable[[str], None]) -> None:
+    marker = _read_marker(folder)
+    interrupted = False
+    if marker is not None and not fresh:
+        changed = _changes(marker["recipe"], recipe)
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise CheckpointError(
+                f"{folder} holds a run of another recipe: {'; '.join(changed[:3])}{more}. Choose another folder with "
+                "output=DIR, or discard that run with --fresh."
+            )
+        interrupted = marker["discarding"]
+        _check_recipe_file(folder, recipe)
+    if marker is not None and (fresh or interrupted):
+        _write_marker(folder, recipe, discarding=True)  # a kill from here on leaves nothing that counts as results
+        _discard(folder)
+    _write_marker(folder, recipe, discarding=False)
+    _write_recipe_file(folder, recipe, say if marker is not None and not (fresh or interrupted) else lambda text: None)
+
+
+def _read_marker(folder: Path) -> dict[str, Any] | None:
+    """What the marker says, None without one.
+
+    Raises:
+        CheckpointError: it is damaged; nobody can say then whose the folder is.
+    """
+    path = folder / MARKER
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        marker = None
+    if not isinstance(marker, dict) or marker.get("format") != _FORMAT or not isinstance(marker.get("recipe"), dict):
+        raise CheckpointError(
+            f"{path}: this marker of a run is damaged or of a newer version, so nothing says whether the results "
+            f"beside it belong to this recipe. {_UNTOUCHED} Bring the file back from a copy, or choose another folder "
+            "with output=DIR."
+        )
+    return {**marker, "discarding": marker.get("discarding") is True}
+
+
+def _write_marker(folder: Path, recipe: Recipe, *, discarding: bool) -> None:
+    holder = {"pid": os.getpid(), "host": socket.gethostname()}
+    marker = {"format": _FORMAT, "discarding": discarding, "holder": holder, "recipe": settings_of(recipe)}
+    write_bytes(folder / MARKER, json.dumps(marker, indent=1).encode())
+
+
+def _check_recipe_file(folder: Path, recipe: Recipe) -> None:
+    """The readable recipe says the same as the marker, or is damaged; somebody's edits are neither lost nor ignored."""
+    path = folder / RECIPE
+    if not path.exists() or _is_cut(path, recipe):
+        return
+    try:
+        changed = _changes(settings_of(parse_recipe(path.read_text(encoding="utf-8"))), recipe)
+    except (RecipeError, UnicodeDecodeError):
+        changed = ["it cannot be read as a recipe"]
+    if changed:
+        raise CheckpointError(
+            f"{path} is not the recipe of this run any more: {'; '.join(changed[:3])}. The results beside it are "
+            "whole. Move that file elsewhere and start the same run again: it is written anew."
+        )
+
+
+def _is_cut(path: Path, recipe: Recipe) -> bool:
+    """Whether the file holds only the beginning of what was written (a full disk, an old version that was killed)."""
+    content, whole = path.read_bytes().strip(b"\0\n "), dump_recipe(recipe).encode()
+    return whole.startswith(content)
+
+
+def _write_recipe_file(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+    path = folder / RECIPE
+    missing = not path.exists()
+    if missing or _is_cut(path, recipe):
+        text = dump_recipe(recipe).encode()
+        if missing or path.read_bytes() != text:
+            say(f"{path} was {'missing' if missing else 'cut short'}: written anew from the marker of the run")
+        write_bytes(path, text)
+
+
+def _discard(folder: Path) -> None:
+    """Remove what a run writes, nothing else: links are taken away, not followed; folders stay if something is left."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name, inside in FOLDERS.items():
+        for inner in inside:
+            (folder / name / inner).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, not there, or a link
+            (folder / name).rmdir()
+
+
+# ------------------------------------------------------------------------------------------------- the lock
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise CheckpointError(
+            f"{folder} is in use by another run{_holder(folder)}. Wait for it to end, or choose another folder with "
+            "output=DIR."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(folder: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        holder = json.loads((folder / MARKER).read_text(encoding="utf-8"))["holder"]
+        return f" (process {holder['pid']} on {holder['host']})"
+    return ""

@@ -1,0 +1,144 @@
+"""Section `data` of a recipe, and what all sections have in common. Keys and limits: see `recipe_schema.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from stepping_plugin.errors import nearest
+
+__all__ = ["BATCH", "EPOCHS", "LR", "SEED", "SUBNETS", "TORCH_SETS", "UPDATES", "DataConfig", "Section", "key"]
+
+TORCH_SETS = ("cifar10", "cifar100", "kmnist", "mnist", "qmnist")  # of torchvision, one array in memory
+_KNOWN_SETS = ("digits", "fashion_mnist", "imagefolder", *TORCH_SETS)
+_ON_DISK_ONLY = ("scale", "ratio", "color_jitter", "aa", "reprob", "crop_pct", "interpolation", "workers",
+                 "num_classes")  # fmt: skip
+_WITHOUT = {  # sets that do without a key
+    "root": ("digits",),
+    "download": ("digits", "fashion_mnist", "imagefolder"),
+    "train_split": ("digits", "fashion_mnist", "imagefolder"),
+    "val_split": ("digits", "fashion_mnist", "imagefolder"),
+}
+_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # of timm.data.create_dataset
+_INTERPOLATIONS = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
+
+# Upper limits. Nothing that anybody trains with is near them; what lies above is a slip of the finger that would end
+# hours later as a full memory, an overflow or a run without end.
+EPOCHS, BATCH, UPDATES = 100_000, 65_536, 1_000_000
+LR = 100.0  # above what any optimizer of timm is used with; far above, float32 overflows
+SEED = 2**63 - 1  # what every random generator takes
+IMAGE = 2048  # pixels: files of nets hold pictures of up to 2^25 numbers
+SUBNETS = 100  # each adds a row to every table and a step to the engine
+CLASSES, WORKERS = 1_000_000, 256
+
+
+def key(default: Any, description: str, **limits: Any) -> Any:
+    return Field(default, description=description, **limits)
+
+
+class Section(BaseModel):
+    """Common to all sections: unknown keys, NaN and infinity are errors; values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read `epochs: true` as 1."""
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        wanted = str(cls.model_fields[str(info.field_name)].annotation)
+        if any(isinstance(v, bool) for v in listed) and "bool" not in wanted:
+            raise ValueError("true and false are not values of this key")
+        return value
+
+
+class DataConfig(Section):
+    """Which pictures, how they are split and augmented."""
+
+    name: str = key(..., "digits, fashion_mnist, cifar10, cifar100, mnist, imagefolder, or a name that timm opens")
+    root: str | None = key(None, "folder of the data, relative to the current folder")
+    download: bool = key(False, "let torchvision or the hub fetch the data")
+    val_fraction: float | None = key(
+        None, "share of the training set held out for validation; null: 0.1 in memory, 0 on disk", ge=0, lt=1
+    )
+    split_seed: int = key(
+        0, "of the splits; apart from `seed`, so that runs with other seeds share them", ge=0, le=SEED
+    )
+    limit: int | None = key(None, "use only so many training samples", ge=1, le=10**9)
+    img_size: int | None = key(
+        None, "resize to this many pixels; null: as they are, or as the model wants them", ge=1, le=IMAGE
+    )
+    mean: list[Annotated[float, Field(ge=-1000, le=1000)]] | None = key(
+        None, "per channel; null: of the training set, or as the model wants it", min_length=1, max_length=64
+    )
+    std: list[Annotated[float, Field(ge=1e-6, le=1000)]] | None = key(
+        None, "per channel, above 0; null: of the training set, or as the model wants it", min_length=1, max_length=64
+    )
+    hflip: float | None = key(None, "probability of a mirror image; null: what suits the set", ge=0, le=1)
+    shift: int | None = key(
+        None, "random shift in pixels, sets in memory only; null: what suits the set", ge=0, le=IMAGE
+    )
+    workers: int = key(4, "loader processes, sets on disk only", ge=0, le=WORKERS)
+    train_split: str = key("train", "timm's name of the training split")
+    val_split: str = key("validation", "timm's name of the test split")
+    num_classes: int | None = key(None, "where the set does not tell", ge=2, le=CLASSES)
+    scale: tuple[float, float] | None = key(None, "area range of timm's random crop, sets on disk only")
+    ratio: tuple[float, float] | None = key(None, "aspect range of timm's random crop, sets on disk only")
+    color_jitter: float | None = key(None, "of timm, sets on disk only", ge=0, le=10)
+    aa: str | None = key(None, "timm's auto-augment, for example rand-m9-mstd0.5-inc1, sets on disk only")
+    reprob: float = key(0.0, "probability of random erasing, sets on disk only", ge=0, le=1)
+    crop_pct: float | None = key(None, "of the evaluation crop, sets on disk only", gt=0, le=1)
+    interpolation: _INTERPOLATIONS | None = key(None, "of the evaluation resize, sets on disk only")
+
+    @property
+    def in_memory(self) -> bool:
+        return _in_memory(self.name)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in _KNOWN_SETS and not name.startswith(_PREFIXES):
+            raise ValueError(
+                f"no data set {name!r}; {nearest(name, _KNOWN_SETS)} (or a name starting with torch/, hfds/)"
+            )
+        return name
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ascending_range(cls, value: tuple[float, float] | None, info: ValidationInfo) -> tuple[float, float] | None:
+        most = 1 if info.field_name == "scale" else 100
+        if value is not None and not 0 < value[0] <= value[1] <= most:
+            raise ValueError(f"expected [low, high] with 0 < low <= high <= {most}")
+        return value
+
+    @field_validator("std")
+    @classmethod
+    def _as_many_as_means(cls, std: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        mean = info.data.get("mean")
+        if mean is not None and std is not None and len(mean) != len(std):
+            raise ValueError(f"{len(std)} numbers, but data.mean has {len(mean)}; one per channel each")
+        return std
+
+    @field_validator(*_ON_DISK_ONLY, "shift", *_WITHOUT)
+    @classmethod
+    def _has_an_effect(cls, value: Any, info: ValidationInfo) -> Any:
+        """A key that this kind of set would ignore is a mistake."""
+        name, field = info.data.get("name"), str(info.field_name)
+        if name is None or value == cls.model_fields[field].default:
+            return value
+        if field in _WITHOUT:
+            if name in _WITHOUT[field]:
+                raise ValueError(f"has no effect on data.name={name}: remove it")
+        elif _in_memory(name) != (field == "shift"):
+            alternative = "shift and hflip" if _in_memory(name) else "scale and ratio"
+            hint = f"; there, use {alternative}" if field not in ("workers", "num_classes") else ""
+            raise ValueError(f"has no effect on data.name={name}{hint}")
+        return value
+
+
+def _in_memory(name: str) -> bool:
+    return name in ("digits", "fashion_mnist") or name.removeprefix("torch/") in (
+        *TORCH_SETS,
+        "fashion_mnist",
+    )
