@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _silence_output()
         return PIPE_CLOSED
     except OSError as error:
+        if error.filename is None:
+            _silence_output()
         return _failed(_reason(error))
     except MemoryError:
         return _failed("the memory of this machine is full. Take smaller batches, pictures or models.")
@@ -65,14 +67,7 @@ def _failed(text: str) -> int:
 def _reason(error: OSError) -> str:
     """One line: the path, what the system says."""
     reason = error.strerror or str(error) or type(error).__name__
-    if error.filename is not None:
-        return f"{error.filename}: {reason}"
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _silence_output()
-        return f"standard output cannot be written: {reason}"
-    return reason
+    return f"{error.filename or 'standard output, or a temporary file'}: {reason}"
 
 
 def _silence_output() -> None:

@@ -76,6 +76,9 @@ class RecipeError(SteppingError):
         return f"{len(self.problems)} problems{where}:{listed}"
 
 
+_LISTED = 40  # names that somebody reads
+
+
 def nearest(key: object, valid: Iterable[object]) -> str:
     """The hint that follows an unknown ``key``: the closest valid one, or all of them when none is close.
 
@@ -89,7 +92,8 @@ def nearest(key: object, valid: Iterable[object]) -> str:
     close = difflib.get_close_matches(str(key).lower(), list(folded), n=1)
     if close:
         return f"did you mean {folded[close[0]]!r}?"
-    return "valid: " + (", ".join(repr(name) for name in names) or "nothing here")
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return "valid: " + (", ".join(repr(name) for name in names[:_LISTED]) or "nothing here") + more
 
 
 def explain(

@@ -65,8 +65,21 @@ def write_tensors(
     try:
         with _replacing(path, durable) as partial:
             save_file(plain, partial, metadata=_signed(plain, texts))
+            _sort_texts(partial)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
+
+
+def _sort_texts(path: Path) -> None:
+    """safetensors writes the texts in an order drawn by lot: equal content is to give equal files."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes, *, durable: bool = True) -> None:

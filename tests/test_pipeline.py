@@ -2,11 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -115,25 +110,3 @@ def test_missing_data_says_how_to_get_it(tmp_path):
     recipe = load_recipe("fashion_mnist_lenet5", [f"data.root={tmp_path}"])
     with pytest.raises(SteppingError, match="dataset-fashion-mnist"):
         run_recipe(recipe, tmp_path / "out", say=lambda text: None)
-
-
-@pytest.mark.slow
-def test_killed_runs_end_with_the_same_weights(done, tmp_path, monkeypatch):
-    """kill -9 at several moments, each time continued: bit-identical to the uninterrupted run."""
-    folder, _ = done
-    code = (
-        "import sys; from stepping_plugin import pipeline; pipeline.SAVE_EVERY = 0.0;"
-        "from stepping_plugin.runs.recipe import load_recipe;"
-        "pipeline.run_recipe(load_recipe('digits', sys.argv[2:]), sys.argv[1])"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path), *SMALL]
-    for wait in (9.0, 11.0, 12.5, 14.0):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ))
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    whole, pieces = load(folder / "net.safetensors"), load(tmp_path / "net.safetensors")
-    assert torch.equal(whole.levels, pieces.levels)
-    for (name, a), (_, b) in zip(whole.state_dict().items(), pieces.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name

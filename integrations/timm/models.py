@@ -400,9 +400,7 @@ def require_model(name: str) -> None:
         SteppingError: it has not; names the nearest one.
     """
     if not timm.is_model(name):
-        hint = nearest(name, timm.list_models())
-        hint = hint if hint.startswith("did you mean") else "timm.list_models() lists all"
-        raise SteppingError(f"model: timm has no model {name!r}; {hint}")
+        raise SteppingError(f"model: timm has no model {name!r}; {nearest(name, timm.list_models())}")
 
 
 def named_model(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: Any) -> nn.Module:

@@ -171,12 +171,11 @@ def _limited(indices: Tensor, cfg: DataConfig) -> Tensor:
 
 
 def _check_memory(cfg: DataConfig, pictures: int, channels: int) -> None:
-    """Sets in memory are resized once, as a whole."""
-    needed, memory = pictures * channels * (cfg.img_size or 1) ** 2, virtual_memory().total
+    """Sets in memory are resized once, as a whole; for a moment they are there twice."""
+    needed, memory = 2 * pictures * channels * (cfg.img_size or 1) ** 2, virtual_memory().available
     if needed > memory / 2:
-        got = (
-            f"{cfg.img_size}: {needed / 2**30:.0f} GiB for {pictures:,} pictures in {memory / 2**30:.0f} GiB of memory"
-        )
+        sizes = f"{needed / 2**30:.0f} GiB for {pictures:,} pictures, {memory / 2**30:.0f} GiB are free"
+        got = f"{cfg.img_size}: {sizes}"
         raise SteppingError(explain("too large", where="data.img_size", got=got, action="Take smaller pictures."))
 
 
