@@ -12,7 +12,7 @@ from .construction.config import ConstructionConfig
 from .construction.flow import Construction
 from .construction.start import convert, one_shot
 from .errors import SteppingError, explain
-from .graph.device import checked_seed, usable_device
+from .graph.device import checked_seed, on_cpu_by_default, usable_device
 from .graph.modes import ordinary_mode
 from .graph.program import unwrap
 from .net import SteppingNet
@@ -63,12 +63,13 @@ def apply_steppingnet(
     """
     settings, seed = _settings(config), checked_seed(seed)
     place = None if device is None else usable_device(device)
-    net = convert(model, budgets, settings, example_inputs, seed=seed)
+    with on_cpu_by_default():
+        net = convert(model, budgets, settings, example_inputs, seed=seed)
+        if train_loader is None or policy != "steppingnet":
+            net.take(one_shot(net, policy, seed=seed))
     if train_loader is not None and policy == "steppingnet":
         where = str(place or next(net.parameters()).device)
         net = Construction(net, train_loader, settings, seed=seed, device=where).run()
-    else:
-        net.take(one_shot(net, policy, seed=seed))
     net = net.train(model.training) if place is None else net.train(model.training).to(place)
     if calibration is not None:
         net.notes += net.reconstruct(unwrap(model), calibration, seed=seed).notes

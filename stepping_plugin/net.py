@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .engine import Engine, compile_engine
 from .files.headers import Contribution
+from .graph.device import on_cpu_by_default
 from .nested.net import NestedNet
 from .reconstruction.reconstruct import Reconstruction, reconstruct
 from .serialization import pack_net, read_net, unpack_net, write_net
@@ -93,4 +94,5 @@ def load(
         CheckpointError: the file is missing, damaged, foreign, of another version, or of another model; or the model
             computes something else than the net that was saved. The first operator that differs is named.
     """
-    return read_net(path, SteppingNet, model, device)
+    with on_cpu_by_default():
+        return read_net(path, SteppingNet, model, device)

@@ -9,6 +9,7 @@ checked by its reader as well (`headers`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -67,7 +68,7 @@ def write_tensors(
             save_file(plain, partial, metadata=_signed(plain, texts))
             _sort_texts(partial)
     except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def _sort_texts(path: Path) -> None:
@@ -111,6 +112,10 @@ def _replacing(path: str | os.PathLike[str], durable: bool) -> Iterator[Path]:
         os.replace(partial, path)
         if durable:
             _sync(path.parent)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that people know
     finally:
         partial.unlink(missing_ok=True)
 

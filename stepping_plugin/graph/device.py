@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 
 from ..errors import SteppingError, explain
 
-__all__ = ["checked_seed", "usable_device"]
+__all__ = ["checked_seed", "on_cpu_by_default", "usable_device"]
+
+
+def on_cpu_by_default() -> contextlib.AbstractContextManager[Any]:
+    """What the package computes for itself stays on the CPU, whatever `torch.set_default_device` says."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def checked_seed(seed: Any) -> int:

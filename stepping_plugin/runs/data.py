@@ -142,7 +142,7 @@ def _in_memory(cfg: DataConfig, train: Pictures, test: Pictures) -> DataBundle:
     mean, std = _statistics(train.images)
     mean, std = tuple(cfg.mean or mean), tuple(cfg.std or std)
     channels, height, width = train.images.shape[1:]
-    if shift >= min(height, width):
+    if cfg.shift and shift >= min(height, width):
         expected = f"less than the {min(height, width)} pixels of the pictures"
         raise SteppingError(
             explain("the pictures would leave the frame", where="data.shift", got=shift, expected=expected)
@@ -325,6 +325,7 @@ def _on_disk(cfg: DataConfig, model_name: str | None, train: Any, test: Any) -> 
     from timm.models import get_pretrained_cfg
 
     own = get_pretrained_cfg(model_name) if model_name else None
+    _check_channels(cfg, 3, cfg.mean or (0,) * 3, cfg.std or (1,) * 3)  # pictures are opened in RGB
     config = resolve_data_config(
         cfg.model_dump(include={"img_size", "mean", "std", "interpolation", "crop_pct"}),
         pretrained_cfg=own.to_dict() if own else {"input_size": (3, 224, 224)},
@@ -332,7 +333,6 @@ def _on_disk(cfg: DataConfig, model_name: str | None, train: Any, test: Any) -> 
     size = config["input_size"]
     norm = {"mean": config["mean"], "std": config["std"]}
     chosen = cfg.model_dump(include={"scale", "ratio", "hflip", "color_jitter"}, exclude_none=True)
-    _check_channels(cfg, size[0], cfg.mean or config["mean"], cfg.std or config["std"])
     try:
         train_transform = create_transform(
             size,

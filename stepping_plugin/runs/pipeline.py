@@ -29,19 +29,11 @@ from torch import nn
 from ..construction.config import ConstructionConfig
 from ..construction.flow import Construction
 from ..construction.start import convert, one_shot
-from ..errors import CheckpointError, SteppingError, explain
+from ..errors import SteppingError, explain
 from ..graph.device import usable_device
 from ..integrations.timm.models import named_model
 from ..net import SteppingNet, load
-from ..training.checkpoint import (
-    ADVICE,
-    check_random_state,
-    load_checkpoint,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-    seed_generators,
-)
+from ..training.checkpoint import random_state, save_checkpoint, seed_generators
 from ..training.evaluation import evaluate
 from ..training.loop import TrainConfig, fit
 from ..training.trainer import processes
@@ -55,6 +47,7 @@ from .machine import describe_machine
 from .recipe import dump_recipe
 from .recipe_schema import ModelConfig, Recipe, TeacherConfig
 from .report import write_report
+from .resume import resume_construction
 from .weights import load_weights, save_weights
 
 __all__ = ["Run", "plan", "run_recipe"]
@@ -153,10 +146,12 @@ class Run:
                 raise SteppingError(explain("no such file", where=key, got=str(path), action="Check the path."))
         if recipe.model.net is not None:
             self._check_classes(load(recipe.model.net))
-            if recipe.retrain.epochs:
-                self.teacher(None)
         elif fresh or not (self.folder / "original.safetensors").is_file():
             self.start(self.build_model(recipe.model, pretrained=False))
+        if recipe.retrain.epochs and recipe.retrain.teacher is not None:
+            self.build_model(recipe.retrain.teacher, pretrained=False)
+        elif recipe.retrain.epochs and recipe.model.net is not None:
+            self.teacher(None)
 
     def _inputs(self) -> dict[str, Path]:
         """Files that the recipe reads, by key."""
@@ -249,7 +244,7 @@ class Run:
         construction = Construction(net, loader, config, seed=self.recipe.seed, device=self.recipe.device)
         path = self.folder / "construction" / "state.safetensors"
         if path.is_file():
-            _continue(construction, path)
+            resume_construction(construction, path)
         self._say(f"construction: {config.flow} flow, iteration {construction.iteration} of {config.iterations}")
         saved = time.monotonic()
         for record in construction:
@@ -418,30 +413,6 @@ def report_data(
         "seed": recipe.seed,
         "machine": describe_machine(),
     }
-
-
-def _continue(construction: Construction, path: Path) -> None:
-    """Where an earlier run left the construction.
-
-    Raises:
-        CheckpointError: the file is damaged, or belongs to another construction.
-    """
-    content = load_checkpoint(path)
-    try:
-        state = content["construction"]
-        done, settings = state["iteration"], construction.config
-        fine = isinstance(done, int) and 0 <= done <= settings.iterations and len(state["records"]) == done
-        least = done * max(settings.batches, settings.importance_batches if construction.evaluator else 0)
-        if not fine or state["batches"] != least:
-            raise ValueError(f"iteration {done} with {len(state['records'])} records and {state['batches']} batches")
-        check_random_state(content["random"])
-        construction.load_state_dict(state)
-    except SteppingError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        text = f"damaged state of a construction ({type(error).__name__}: {error})"
-        raise CheckpointError(explain(text, where=str(path), action=ADVICE)) from None
-    restore_random_state(content["random"])
 
 
 def _worth_a_line(number: int, total: int) -> bool:
