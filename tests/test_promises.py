@@ -303,3 +303,16 @@ def test_a_forward_that_changes_its_weights_is_refused_with_the_line(kind):
         apply_steppingnet(model, ["40%", "80%"], example_inputs=IMAGE)
     assert "test_promises.py:" in str(caught.value) and "# here" in str(caught.value)
     assert torch.equal(model[0].weight, weight)
+
+
+def test_the_default_device_of_the_process_does_not_matter(tmp_path):
+    model, images = timm.create_model("lenet5", in_chans=1), torch.randn(2, 1, 32, 32)
+    wanted = apply_steppingnet(model, [0.3, 0.6], example_inputs=images).eval()
+    wanted.save(tmp_path / "net")
+    torch.set_default_device("meta")
+    try:
+        nets = [apply_steppingnet(model, [0.3, 0.6], example_inputs=images).eval(), load(tmp_path / "net")]
+    finally:
+        torch.set_default_device(None)
+    for net in nets:
+        assert torch.equal(net.forward_all(images), wanted.forward_all(images))
