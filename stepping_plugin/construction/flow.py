@@ -38,9 +38,9 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-from ..errors import BudgetError, CheckpointError
+from ..errors import BudgetError, CheckpointError, explain
 from ..net import SteppingNet
-from ..training.checkpoint import differences
+from ..training.checkpoint import ADVICE, differences
 from ..training.trainer import Batch, TrainConfig, Trainer, assert_same_levels
 from ..units.levels import locked_units
 from .config import ConstructionConfig
@@ -327,12 +327,28 @@ class Construction:
         """Continue where `state_dict` was taken, with the same network, settings and batches.
 
         Raises:
-            CheckpointError: the state belongs to another construction.
+            CheckpointError: the state is damaged, or belongs to another construction.
         """
+        try:
+            self._check_state(state)
+            self._take_state(state)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            text = f"damaged state of a construction ({type(error).__name__}: {error})"
+            raise CheckpointError(explain(text, action=ADVICE)) from None
+
+    def _check_state(self, state: dict[str, Any]) -> None:
         if changed := differences(state["settings"], self._settings()):
             raise CheckpointError(f"the state belongs to another construction: {'; '.join(changed)}.")
         if len(state["levels"]) != len(self.net.levels):
             raise CheckpointError("the state belongs to another network: it has other units.")
+        done, config = state["iteration"], self.config
+        batches = max(config.batches, config.importance_batches if self.evaluator else 0)
+        if not isinstance(done, int) or not 0 <= done <= config.iterations or len(state["records"]) != done:
+            raise ValueError(f"iteration {done!r} with {len(state['records'])} records")
+        if state["batches"] != done * batches:
+            raise ValueError(f"{state['batches']!r} batches in {done} iterations")
+
+    def _take_state(self, state: dict[str, Any]) -> None:
         self.net.set_levels(state["levels"])
         self.trainer.load_state_dict(state["trainer"])
         self.iteration, self.batches = state["iteration"], state["batches"]

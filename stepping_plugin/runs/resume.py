@@ -19,17 +19,12 @@ def resume_construction(construction: Construction, path: Path) -> None:
     """
     content = load_checkpoint(path)
     try:
-        state = content["construction"]
-        done, settings = state["iteration"], construction.config
-        fine = isinstance(done, int) and 0 <= done <= settings.iterations and len(state["records"]) == done
-        least = done * max(settings.batches, settings.importance_batches if construction.evaluator else 0)
-        if not fine or state["batches"] != least:
-            raise ValueError(f"iteration {done} with {len(state['records'])} records and {state['batches']} batches")
-        check_random_state(content["random"])
+        state, generators = content["construction"], content["random"]
+        check_random_state(generators)
         construction.load_state_dict(state)
     except SteppingError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        text = f"damaged state of a construction ({type(error).__name__}: {error})"
+    except (KeyError, TypeError, ValueError) as error:
+        text = f"damaged checkpoint of a construction ({type(error).__name__}: {error})"
         raise CheckpointError(explain(text, where=str(path), action=ADVICE)) from None
-    restore_random_state(content["random"])
+    restore_random_state(generators)
