@@ -33,7 +33,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from ..integrations.timm.models import named_model
     from .inspection import describe, inspect_model
 
-    model = named_model(arguments.model, num_classes=arguments.num_classes, img_size=arguments.img_size)
+    model: Any = named_model(arguments.model, num_classes=arguments.num_classes, img_size=arguments.img_size)
     size = tuple(model.default_cfg["input_size"])
     if arguments.img_size:
         size = (size[0], arguments.img_size, arguments.img_size)
