@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from nets import image_size, images, make, nested, random_levels, randomise, relative
 from torch import nn
@@ -292,3 +293,16 @@ def test_another_original_is_refused():
         reconstruct(nested(model, n=3, size=SIZE), other, images(SIZE))
     with pytest.raises(SteppingError, match="ridge"):
         reconstruct(nested(model, n=3, size=SIZE), model, images(SIZE), ridge=-1.0)
+
+
+def test_branches_that_start_at_zero_are_fitted_too():
+    """Residual nets are initialised with a factor of 0 in the last norm of every branch."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet_tiny").eval()
+    for block in (model.layer1, model.layer2, model.layer3):
+        nn.init.zeros_(block.bn2.weight)
+    x = torch.randn(24, 3, 32, 32)
+    net = apply_steppingnet(model, ["30%", "60%"], example_inputs=x, calibration=x).eval()
+    with torch.no_grad():
+        assert bool(net.forward_all(x).isfinite().all())
+    assert all(bool(p.isfinite().all()) for p in net.parameters())

@@ -255,8 +255,12 @@ class _Chain:
         self.scale, self.shift = multiplier * self.factor, multiplier * self.offset
 
     def _read_norm(self, norm: fx.Node) -> None:
-        factor, self.offset = _norm_line(self.twins.parameters(norm, *_BATCH_NORM), call_arg(norm, "eps"), self.bias)
-        least = FLOOR * factor.abs().median().clamp(min=1e-30)
+        parameters, eps = self.twins.parameters(norm, *_BATCH_NORM), call_arg(norm, "eps")
+        factor, self.offset = _norm_line(parameters, eps, self.bias)
+        usual = factor.abs().median()
+        if float(usual) == 0:  # a branch that starts at 0, as residual nets are initialised
+            usual = (parameters[3].double() + eps).rsqrt().median()
+        least = FLOOR * usual
         self.factor = torch.where(factor.abs() < least, least, factor)
         self.prior_factor = (factor / self.factor).reshape(self.fit.windows.groups, -1, 1)
 
