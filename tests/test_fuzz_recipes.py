@@ -14,7 +14,8 @@ from stepping_plugin.runs.recipe import dump_recipe, load_recipe, parse_recipe
 RECIPES = ("digits", "fashion_mnist_resnet", "distill", "compare_vgg", "imagenet_deit_small")
 NASTY = [
     "null", "true", "-1", "0", "1e308", "-1e-308", ".nan", ".inf", "99999999999999999999", "''", "[]", "{}", "yes", "~",
-    "[1, [2, [3]]]", "{a: {b: c}}", "*x", "&x [*x]", "!!python/object/apply:os.system [id]", "!!binary aGk=", "2026-01-01",
+    "[1, [2, [3]]]", "{a: {b: c}}",
+    "*x", "&x [*x]", "!!python/object/apply:os.system [id]", "!!binary aGk=", "2026-01-01",
     "0x10", "1_000", "'\\u0000'", "\"\\ud800\"", "a" * 5000, "- 1", "? x", "| \n  text", "1:30:00", "cuda:7",
     "../../etc",
 ]  # fmt: skip
