@@ -33,7 +33,7 @@ from .graph.modes import ordinary_mode
 from .graph.program import copy_model, named_tensors, unwrap
 from .nested.module import sliced_copy
 from .nested.net import NestedNet, check_levels
-from .tensorfile import NET, not_finite, pack_header, read_file, write_tensors
+from .tensorfile import NET, checked_path, not_finite, pack_header, read_file, write_tensors
 from .units.analysis import Analysis, fingerprint, restrict
 from .units.macs import MacModel
 from .units.witness import find_units
@@ -56,6 +56,7 @@ def write_net(net: NestedNet, path: str | os.PathLike[str]) -> None:
         SteppingError: its weights are not finite, or it is beyond what files may hold.
         OSError: the file cannot be written.
     """
+    path = checked_path(path)
     net.check_structure()
     own = dict(_unique(net.model))
     broken = not_finite(own) or next((n for n, p in own.items() if _is_broken(p)), None)
@@ -145,7 +146,7 @@ def read_net(
 ) -> NetT:
     """Read a net that `write_net` wrote, as one of class `kind`. Other arguments and errors: `stepping_plugin.load`."""
     device = None if device is None else usable_device(device)
-    content, tensors = read_file(Path(path), NET, VERSION, oldest=1)
+    content, tensors = read_file(checked_path(path), NET, VERSION, oldest=1)
     header: NetHeader = validated(NetHeader, content, path)
     _check_tensors(header, tensors, path)
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}

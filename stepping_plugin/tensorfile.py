@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import CheckpointError, explain
+from .errors import CheckpointError, SteppingError, explain
 
 __all__ = ["ENGINE", "NET", "is_signed", "not_finite", "pack_header", "read_file", "read_tensors", "write_bytes",
            "write_tensors"]  # fmt: skip
@@ -39,6 +39,17 @@ _OTHERS = {
 _HEADER, _DIGESTS, _DIGEST = "stepping", "digests", "digest"
 
 # ------------------------------------------------------------------------------------------------- writing
+
+
+def checked_path(path: Any) -> Path:
+    """A path as a Path.
+
+    Raises:
+        SteppingError: it is none.
+    """
+    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
+        raise SteppingError(explain("not a path of a file", where="path", got=path, expected="a string or a Path"))
+    return Path(path)
 
 
 def pack_header(header: Mapping[str, Any]) -> dict[str, str]:

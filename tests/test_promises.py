@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from stepping_plugin import CaptureError, SteppingError, apply_steppingnet, load, verify
+from stepping_plugin.engine import load_engine
 from stepping_plugin.graph.images import image_size_of
 
 IMAGE = torch.zeros(1, 3, 16, 16)
@@ -316,3 +317,17 @@ def test_the_default_device_of_the_process_does_not_matter(tmp_path):
         torch.set_default_device(None)
     for net in nets:
         assert torch.equal(net.forward_all(images), wanted.forward_all(images))
+
+
+@pytest.mark.parametrize("path", [None, 3, "a\0b", b"net"])
+def test_what_is_no_path_is_refused(net, path):
+    engine = net.deploy()
+    for act in (lambda: load(path), lambda: net.save(path), lambda: load_engine(path), lambda: engine.save(path)):
+        with pytest.raises(SteppingError, match="not a path"):
+            act()
+
+
+@pytest.mark.parametrize("x", [None, torch.zeros(1, 3, 8, 8).to_sparse(), [[0.0]]])
+def test_what_is_no_image_is_refused_by_the_net(net, x):
+    with pytest.raises(SteppingError, match="images expected"):
+        net(x)

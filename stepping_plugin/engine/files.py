@@ -26,7 +26,7 @@ from ..files.probe import compare_scores, probe_images, quiet
 from ..graph.describe import draws
 from ..graph.device import usable_device
 from ..graph.rules import RULES
-from ..tensorfile import ENGINE, not_finite, pack_header, read_file, write_tensors
+from ..tensorfile import ENGINE, checked_path, not_finite, pack_header, read_file, write_tensors
 from .emit import IMAGE, SCORES, StepProgram
 from .kernels import KERNELS
 from .plan import BatchAxis
@@ -97,6 +97,7 @@ def save_engine(engine: ProgramSet, path: str | os.PathLike[str]) -> None:
     Raises:
         SteppingError: a step program calls an operator that engine files cannot name.
     """
+    path = checked_path(path)
     tensors: dict[str, Tensor] = {}
     programs = [_describe(program, tensors) for program in engine.programs]
     if broken := not_finite(tensors):
@@ -208,7 +209,7 @@ _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, Ass
 
 def read_engine(path: str | os.PathLike[str], device: str | torch.device | None = None) -> ProgramSet:
     """Step programs that `save_engine` wrote; arguments and errors as of `engine.load_engine`."""
-    path, device = Path(path), usable_device(device or "cpu")
+    path, device = checked_path(path), usable_device(device or "cpu")
     content, tensors = read_file(path, ENGINE, VERSION, _OLDEST)
     header: EngineHeader = validated(EngineHeader, content, path)
     try:

@@ -89,6 +89,9 @@ class NestedModule(nn.Module):
     def run(self, x: Tensor, training: bool | None = None) -> Tensor:
         """Call the graph of a mode (None: the current one) and update the buffers that it changes (batch counters)."""
         training = self.training if training is None else training
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            got = f"layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+            raise SteppingError(explain("images expected", got=got, expected="a dense tensor (B, C, H, W)"))
         if x.dim() != 4 or tuple(x.shape[1:]) != self.analysis.image_size:
             raise image_shape_error(x.shape, self.analysis.image_size)
         if not torch.compiler.is_compiling():  # the tracer needs no guard for every module
