@@ -303,6 +303,20 @@ class Bilinear(Body):
         return self.head(torch.bmm(x, x.transpose(1, 2)).flatten(1))
 
 
+class SpatialGate(Body):
+    """Mean and maximum over the channels, a convolution and its batch norm: values per level (CBAM, resnest14d)."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: x, norm=nn.BatchNorm2d(1))
+        self.gate = nn.Conv2d(2, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        x = x * torch.sigmoid(self.norm(self.gate(pooled)))
+        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+
+
 class Ghost(Body):
     """Batch norm of parts of the batch (dreamquark-ai/tabnet #384)."""
 

@@ -66,6 +66,7 @@ MODELS = {  # name: (model, pinned channels)
     "spatial transformer": (models.Transformer, 6),
     "deep spatial transformer": (models.DeepTransformer, 6),
     "sorted": (models.Selected, 6),
+    "spatial gate": (models.SpatialGate, 0),
     "deformable": (models.Deformable, 26),
     "kernel per picture": (models.PerSample, 72),
 }

@@ -11,6 +11,7 @@ that construction can move units without rebuilding anything.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +111,7 @@ class _Builder:
         """A value as a list per level."""
         return self.per_level.get(node) or [self.values[node]] * self.n
 
-    def _arguments(self, node: fx.Node, replace: dict[fx.Node, fx.Node]) -> tuple[tuple, dict]:
+    def _arguments(self, node: fx.Node, replace: Mapping[fx.Node, Any]) -> tuple[tuple, dict]:
         return fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: replace.get(n) or self.values[n])
 
     # -- operators
@@ -175,12 +176,20 @@ class _Builder:
         return self.call(functional.pick_levels, self.per_level[source], self.levels(node.meta["units"]), axis)
 
     def _once_per_level(self, node: fx.Node) -> None:
+        if op_name(node) == "batch_norm" and node.args[5] and node.args[3] is not None:
+            self._shared_batch_norm(node)
+            return
         results = []
         for s in range(self.n):
             replace = {n: self.per_level[n][s] for n in node.all_input_nodes if n in self.per_level}
             args, kwargs = self._arguments(node, replace)
             results.append(self.graph.call_function(node.target, args, kwargs))
         self.per_level[node] = results
+
+    def _shared_batch_norm(self, node: fx.Node) -> None:
+        """Training batch norm of values per level: every level by its own statistics, the running ones updated once."""
+        args, _ = self._arguments(node, {node.args[0]: self._levels_of(node.args[0])})
+        self.per_level[node] = self._unpack(self.call(functional.shared_batch_norm, *args))
 
     def _same_for_all(self, node: fx.Node) -> None:
         args, kwargs = self._arguments(node, {})

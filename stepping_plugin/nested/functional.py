@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate_head", "pick_levels", "prefix_reduce", "prefix_taps", "tap_neighbours"]
+__all__ = ["accumulate_head", "pick_levels", "prefix_reduce", "prefix_taps", "shared_batch_norm", "tap_neighbours"]
 
 
 def prefix_reduce(
@@ -60,6 +60,37 @@ def _spread(x: Tensor, axes: list[int], channel_axis: int) -> int:
         if a != channel_axis:
             size *= x.shape[a]
     return size
+
+
+def shared_batch_norm(
+    per_level: list[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> list[Tensor]:
+    """Batch norm of a value per level, with one pair of running statistics for all levels.
+
+    They move once, by the mean of what the levels would move them by; a move per level would be n moves of one step,
+    and those of the original where all levels are alike would be missed.
+
+    Args:
+        per_level: n tensors (B, C, ...), each normalised by its own statistics.
+        running_mean, running_var: (C,), updated in place.
+        training, momentum, eps, cudnn_enabled: as in ATen's batch_norm.
+    """
+    results, moved = [], []
+    for x in per_level:
+        mean, var = running_mean.clone(), running_var.clone()
+        results.append(torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled))
+        moved.append((mean, var))
+    running_mean.copy_(torch.stack([mean for mean, _ in moved]).mean(0))
+    running_var.copy_(torch.stack([var for _, var in moved]).mean(0))
+    return results
 
 
 def pick_levels(per_level: list[Tensor], levels: Tensor, axis: int) -> Tensor:
