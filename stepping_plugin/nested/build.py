@@ -188,7 +188,8 @@ class _Builder:
 
     def _shared_batch_norm(self, node: fx.Node) -> None:
         """Training batch norm of values per level: every level by its own statistics, the running ones updated once."""
-        args, _ = self._arguments(node, {node.args[0]: self._levels_of(node.args[0])})
+        source: fx.Node = node.args[0]
+        args, _ = self._arguments(node, {source: self._levels_of(source)})
         self.per_level[node] = self._unpack(self.call(functional.shared_batch_norm, *args))
 
     def _same_for_all(self, node: fx.Node) -> None:
