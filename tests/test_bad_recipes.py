@@ -11,6 +11,8 @@ from stepping_plugin.runs.recipe_schema import Recipe
 MINIMAL = "model: {name: lenet5}\ndata: {name: digits}\nbudgets: [0.1, 0.5]\n"
 DISK = "model: {name: lenet5}\ndata: {name: imagefolder}\nbudgets: [0.1, 0.5]\n"
 
+MEMORY = DISK.replace("imagefolder", "imagefolder, in_memory: true")
+
 
 def refused(text, *overrides):
     with pytest.raises(RecipeError) as caught:
@@ -153,6 +155,8 @@ def test_budgets_are_written_as_in_python(budgets):
         (MINIMAL, "data.workers=2"),
         (MINIMAL, "data.train_split=half"),
         (MINIMAL, "data.aa=rand-m9"),
+        (MINIMAL, "data.in_memory=true"),
+        (MEMORY, "data.scale=[0.5, 1.0]"),
         (DISK, "data.shift=1"),
         (DISK, "data.val_split=test"),
         (MINIMAL, "train.decay_rate=0.5"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stepping_plugin.runs.data import DataBundle, TensorSet
+from stepping_plugin.runs.data import DataBundle
 from stepping_plugin.runs.pipeline import Run
 from stepping_plugin.runs.recipe import load_recipe
 from stepping_plugin.runs.recipe_schema import DataConfig
@@ -11,6 +11,7 @@ from stepping_plugin.studies.compare.dense import dense_net, dense_units
 from stepping_plugin.studies.compare.methods import Job
 from stepping_plugin.studies.compare.slimmable import Slimmable
 from stepping_plugin.studies.compare.studies import METHODS, REFERENCE
+from stepping_plugin.training.loader import TensorSet
 from stepping_plugin.training.trainer import TrainConfig, Trainer
 
 SHAPES = {"fashion_mnist": (1, 28, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100), "imagefolder": (3, 224, 1000)}

@@ -13,16 +13,16 @@ from PIL import Image
 from timm.data import create_transform
 
 from stepping_plugin.errors import SteppingError
-from stepping_plugin.runs.data import (
+from stepping_plugin.runs.data import build_data
+from stepping_plugin.runs.recipe_schema import DataConfig
+from stepping_plugin.training.loader import (
     Augment,
     EpochLoader,
     EpochSampler,
     TensorSet,
     TransformSet,
-    build_data,
+    seeded_generator,
 )
-from stepping_plugin.runs.recipe_schema import DataConfig
-from stepping_plugin.training.loader import seeded_generator
 
 
 def numbered_set(length: int, augment: Augment | None = None) -> TensorSet:

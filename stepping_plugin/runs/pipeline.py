@@ -329,7 +329,9 @@ class Run:
     def data(self) -> DataBundle:
         """The data set, opened on first use."""
         if self._data is None:
-            self._data = build_data(self.recipe.data, self.recipe.model.name)
+            model = self.recipe.model
+            pretrained = model.pretrained or model.checkpoint_path is not None
+            self._data = build_data(self.recipe.data, model.name, pretrained=pretrained, say=self._say)
         return self._data
 
     def loader(self, part: str, batch_size: int, stage: str = "original") -> Any:

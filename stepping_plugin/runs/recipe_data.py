@@ -14,6 +14,7 @@ TORCH_SETS = ("cifar10", "cifar100", "kmnist", "mnist", "qmnist")  # of torchvis
 _KNOWN_SETS = ("digits", "fashion_mnist", "imagefolder", *TORCH_SETS)
 _ON_DISK_ONLY = ("scale", "ratio", "color_jitter", "aa", "reprob", "crop_pct", "interpolation", "workers",
                  "num_classes")  # fmt: skip
+_OF_DECODING = ("workers", "crop_pct", "interpolation")  # of data.in_memory too
 _WITHOUT = {  # sets that do without a key
     "root": ("digits",),
     "download": ("digits", "fashion_mnist", "imagefolder"),
@@ -58,6 +59,9 @@ class DataConfig(Section):
 
     name: str = key(..., "digits, fashion_mnist, cifar10, cifar100, mnist, imagefolder, or a name that timm opens")
     root: str | None = key(None, "folder of the data, relative to the current folder")
+    in_memory: bool = key(
+        False, "imagefolder: decode all pictures once and keep them as bytes; fast where they are small"
+    )
     download: bool = key(False, "let torchvision or the hub fetch the data")
     val_fraction: float | None = key(
         None, "share of the training set held out for validation; null: 0.1 in memory, 0 on disk", ge=0, lt=1
@@ -77,9 +81,9 @@ class DataConfig(Section):
     )
     hflip: float | None = key(None, "probability of a mirror image; null: what suits the set", ge=0, le=1)
     shift: int | None = key(
-        None, "random shift in pixels, sets in memory only; null: what suits the set", ge=0, le=IMAGE
+        None, "random shift in pixels, black moves in; sets in memory only; null: what suits the set", ge=0, le=IMAGE
     )
-    workers: int = key(4, "loader processes, sets on disk only", ge=0, le=WORKERS)
+    workers: int = key(4, "loader processes, or threads that decode for in_memory; sets on disk only", ge=0, le=WORKERS)
     train_split: str = key("train", "timm's name of the training split")
     val_split: str = key("validation", "timm's name of the test split")
     num_classes: int | None = key(None, "where the set does not tell", ge=2, le=CLASSES)
@@ -88,12 +92,8 @@ class DataConfig(Section):
     color_jitter: float | None = key(None, "of timm, sets on disk only", ge=0, le=10)
     aa: str | None = key(None, "timm's auto-augment, for example rand-m9-mstd0.5-inc1, sets on disk only")
     reprob: float = key(0.0, "probability of random erasing, sets on disk only", ge=0, le=1)
-    crop_pct: float | None = key(None, "of the evaluation crop, sets on disk only", gt=0, le=1)
-    interpolation: _INTERPOLATIONS | None = key(None, "of the evaluation resize, sets on disk only")
-
-    @property
-    def in_memory(self) -> bool:
-        return _in_memory(self.name)
+    crop_pct: float | None = key(None, "of the evaluation crop, sets on disk and in_memory only", gt=0, le=1)
+    interpolation: _INTERPOLATIONS | None = key(None, "of the evaluation resize, sets on disk and in_memory only")
 
     @field_validator("name")
     @classmethod
@@ -103,6 +103,15 @@ class DataConfig(Section):
                 f"no data set {name!r}; {nearest(name, _KNOWN_SETS)} (or a name starting with torch/, hfds/)"
             )
         return name
+
+    @field_validator("in_memory")
+    @classmethod
+    def _of_folders(cls, in_memory: bool, info: ValidationInfo) -> bool:
+        name = info.data.get("name")
+        if in_memory and name not in (None, "imagefolder"):
+            is_so = f"data.name={name} lies in memory anyway" if _comes_as_array(name) else f"data.name={name}"
+            raise ValueError(f"has no effect on {is_so}: remove it")
+        return in_memory
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -127,17 +136,18 @@ class DataConfig(Section):
         name, field = info.data.get("name"), str(info.field_name)
         if name is None or value == cls.model_fields[field].default:
             return value
+        array, decoded = _comes_as_array(name), bool(info.data.get("in_memory"))
         if field in _WITHOUT:
             if name in _WITHOUT[field]:
                 raise ValueError(f"has no effect on data.name={name}: remove it")
-        elif _in_memory(name) != (field == "shift"):
-            alternative = "shift and hflip" if _in_memory(name) else "scale and ratio"
+        elif not (decoded and field in _OF_DECODING) and (array or decoded) != (field == "shift"):
+            alternative = "shift and hflip" if array or decoded else "scale and ratio"
             hint = f"; there, use {alternative}" if field not in ("workers", "num_classes") else ""
-            raise ValueError(f"has no effect on data.name={name}{hint}")
+            raise ValueError(f"has no effect on data.name={name}{' in memory' if decoded else ''}{hint}")
         return value
 
 
-def _in_memory(name: str) -> bool:
+def _comes_as_array(name: str) -> bool:
     return name in ("digits", "fashion_mnist") or name.removeprefix("torch/") in (
         *TORCH_SETS,
         "fashion_mnist",
