@@ -4,10 +4,13 @@ import pytest
 import torch
 from engine_nets import TOLERANCE
 from engine_nets import small as small  # a fixture
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nets import relative
 
+from stepping_plugin.engine import engine as engine_module
 from stepping_plugin.engine import entropy, margin, max_probability
-from stepping_plugin.engine.clock import StepClock
+from stepping_plugin.engine.clock import PATIENCE, StepClock
 from stepping_plugin.errors import SteppingError
 
 
@@ -101,3 +104,62 @@ def test_clock_estimates():
     assert clock.estimate(2, 1) == 5.0  # a smaller one is no slower
     clock.record(1, 2, 3.0)  # three times as slow as usual: so will the next step be
     assert clock.estimate(2, 2, last=1) == pytest.approx(15.0)
+
+
+FIELDS = ("programs", "macs", "image_size", "dtype", "device", "cache_axes")
+
+
+def served(clock, times, left):
+    """Subnet that a request reaches whose steps take `times` and which has `left` seconds after subnet 1."""
+    clock.record(1, 1, times[0])
+    for level, seconds in enumerate(times[1:], start=2):
+        if not clock.allows(level, 1, left, last=level - 1):
+            return level - 1
+        clock.record(level, 1, seconds)
+        left -= seconds
+    return len(times)
+
+
+PHASES = st.lists(
+    st.tuples(st.integers(1, 400), st.lists(st.floats(0.01, 10.0), min_size=3, max_size=3)), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=60)
+@given(PHASES, st.floats(0.05, 30.0))
+def test_deadlines_cannot_lock_in(phases, left):
+    """Whatever happened before, a step that fits runs within 256 requests; one that does not hardly ever does."""
+    clock = StepClock([100, 100, 100])
+    for requests, times in phases:
+        reached = [served(clock, times, left) for _ in range(requests)]
+        if times[1] > left:
+            assert sum(subnet > 1 for subnet in reached) <= 7 + requests / PATIENCE[1]
+    reached = [served(clock, [0.01, left / 3, left / 3], left) for _ in range(2 * PATIENCE[1])]
+    assert 3 in reached[: PATIENCE[1] + 1]
+    assert reached[reached.index(3) + 24 :] == [3] * (len(reached) - reached.index(3) - 24)
+
+
+def test_after_slow_passes_a_deadline_recovers(small, monkeypatch):
+    """24 slow passes without a deadline, then a fast machine: subnet 4 after 16 requests and not never."""
+    _, engine, x, _ = small
+    engine, now, slow = engine_module.Engine(**{k: getattr(engine, k) for k in FIELDS}), [0.0], [0.4]
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: now[0])
+
+    def timed(runner):
+        def run(*caches):
+            now[0] += slow[0]
+            return runner(*caches)
+
+        return run
+
+    engine._runners = [timed(runner) for runner in engine._runners]
+    for _ in range(24):
+        engine.predict(x[:1])
+    slow[0] = 0.005
+    reached = [int(engine.predict(x[:1], deadline=0.3).subnet) for _ in range(40)]
+    assert reached[:16] == [1] * 16 and reached[16:] == [4] * 24
+    slow[0] = 0.4
+    engine.predict(x[:1])
+    slow[0] = 0.005
+    engine.calibrate(1)
+    assert int(engine.predict(x[:1], deadline=0.03).subnet) == 4

@@ -137,7 +137,8 @@ class Engine(ProgramSet):
             x: images (B, C, H, W).
             until: see `exit.as_rule`; without it all samples step to the last subnet.
             deadline: seconds from now. Subnet 1 always runs; a further step only if the step times measured
-                so far say that it ends in time.
+                so far say that it ends in time, or, rarely, to measure it again (`clock.StepClock` says how
+                rarely, and what that guarantees).
         """
         began = time.perf_counter()
         rule, limit = as_rule(until), _checked_deadline(deadline)
@@ -152,7 +153,7 @@ class Engine(ProgramSet):
                 session.keep(going)
                 active = active[going.cpu()]
             left = limit - (time.perf_counter() - began)
-            if self.clock.estimate(session.subnet + 1, len(active), session.subnet) > left:
+            if not self.clock.allows(session.subnet + 1, len(active), left, session.subnet):
                 break
             logits[active.to(logits.device)] = session.step()
             subnet[active] = session.subnet
@@ -163,12 +164,16 @@ class Engine(ProgramSet):
     def calibrate(self, batch_size: int = 1, repeats: int = 5) -> list[float]:
         """Measure every step at a batch size; returns the median seconds per step.
 
+        Earlier times at this batch size are forgotten. Worth calling after warming up, and whenever the machine has
+        become faster, so that deadlines need not wait for `predict` to find out.
+
         Raises:
             SteppingError: the numbers are not integers above 0.
         """
         for name, value in (("batch_size", batch_size), ("repeats", repeats)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SteppingError(explain("not a number", where=name, got=value, expected="an integer above 0"))
+        self.clock.forget(batch_size)
         x = torch.zeros(batch_size, *self.image_size, dtype=self.dtype, device=self.device)
         times: list[list[float]] = [[] for _ in self.programs]
         for _ in range(repeats):
