@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from .arguments import CLASSES, IMAGE, number, whole
 from .errors import SteppingError
 from .runs.commands import add_export, add_run
+from .runs.zoo import add_zoo
 from .studies.commands import add_bench, add_compare, add_coverage
 from .views.commands import add_inspect
 
@@ -116,7 +117,7 @@ _RANGES = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stepping", description="SteppingNet for image classifiers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_inspect, add_run, add_bench, add_export, add_compare, add_coverage):
+    for add in (add_inspect, add_run, add_bench, add_export, add_compare, add_coverage, add_zoo):
         add(commands)
     for name, ranges in _RANGES.items():
         for action in _command(parser, name)._actions:

@@ -27,6 +27,7 @@ from .errors import CaptureError, CheckpointError, SteppingError, explain
 from .files.headers import NetHeader, Probe, mode_name, validated
 from .files.origin import candidates, same_names
 from .files.probe import compare_scores, probe_images, quiet
+from .files.zoo import find_net
 from .graph.describe import describe, draws, first_difference
 from .graph.device import usable_device
 from .graph.modes import ordinary_mode
@@ -146,7 +147,8 @@ def read_net(
 ) -> NetT:
     """Read a net that `write_net` wrote, as one of class `kind`. Other arguments and errors: `stepping_plugin.load`."""
     device = None if device is None else usable_device(device)
-    content, tensors = read_file(checked_path(path), NET, VERSION, oldest=1)
+    path = find_net(checked_path(path))
+    content, tensors = read_file(path, NET, VERSION, oldest=1)
     header: NetHeader = validated(NetHeader, content, path)
     _check_tensors(header, tensors, path)
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
