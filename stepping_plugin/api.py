@@ -16,6 +16,7 @@ from .graph.device import checked_seed, on_cpu_by_default, usable_device
 from .graph.modes import ordinary_mode
 from .graph.program import unwrap
 from .net import SteppingNet
+from .training.batches import images_at_hand
 
 __all__ = ["apply_steppingnet"]
 
@@ -40,8 +41,9 @@ def apply_steppingnet(
             compiled model or one in DataParallel, the model inside is converted.
         budgets: ascending MAC budgets of subnets 1..N: floats in (0, 1] are fractions of the model's own MACs M_t,
             integers are MACs, strings may be "40%", "300M", "1.2G".
-        example_inputs: images (B, C, H, W) of the size that the net is to be used with; by default one random image
-            of the size in the model's own configuration (timm models have one).
+        example_inputs: images (B, C, H, W) of the size that the net is to be used with; by default the first of
+            `train_loader` or `calibration`, else a random image of the size in the model's own configuration (timm
+            models have one).
         train_loader: batches of (images, labels) for the construction of the paper (Fig. 3). None: one shot, by the
             magnitude of the weights.
         calibration: unlabelled images (P, C, H, W), or batches of them, with which the weights are fitted anew, so that
@@ -64,7 +66,8 @@ def apply_steppingnet(
     settings, seed = _settings(config), checked_seed(seed)
     place = None if device is None else usable_device(device)
     with on_cpu_by_default():
-        net = convert(model, budgets, settings, example_inputs, seed=seed)
+        example = images_at_hand(train_loader, calibration) if example_inputs is None else example_inputs
+        net = convert(model, budgets, settings, example, seed=seed)
         if train_loader is None or policy != "steppingnet":
             net.take(one_shot(net, policy, seed=seed))
     if train_loader is not None and policy == "steppingnet":

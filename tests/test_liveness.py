@@ -18,7 +18,7 @@ from stepping_plugin.construction.flow import Construction
 from stepping_plugin.construction.importance import magnitude_scores
 from stepping_plugin.construction.plugs import find_plugs, head_units
 from stepping_plugin.construction.policies import assign
-from stepping_plugin.construction.rebirth import can_be_reborn, revive
+from stepping_plugin.construction.rebirth import can_be_reborn, give_birth, revive
 from stepping_plugin.construction.start import start_network
 from stepping_plugin.construction.uniform import uniform_band, uniform_levels
 from stepping_plugin.errors import BudgetError
@@ -182,6 +182,10 @@ def test_life_of_any_model(name):
     assert bool(life.fires.isfinite().all()) and float(life.fires.mean()) > 0.4 and float(life.carries.max()) > 0
     chosen = can_be_reborn(net)
     assert name == "test_nfnet" or bool(chosen.any())  # standardised weights bear no new directions
+    chosen &= torch.rand(len(chosen), generator=torch.Generator().manual_seed(0)) < 0.3  # of residual streams, too
+    give_birth(net, chosen, batches[0], torch.Generator().manual_seed(1))
+    assert all(bool(v.isfinite().all()) for v in net.state_dict().values())
+    assert max(verify(net, batches[0]).leak) == 0
 
 
 def test_plugs_are_judged_by_live_units():

@@ -13,11 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from small_nets import PLAIN_SGD, assert_close, data, loader, small_model, small_net, tensors
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
+from stepping_plugin import ConstructionConfig, apply_steppingnet
 from stepping_plugin.errors import CheckpointError, SteppingError
+from stepping_plugin.training.batches import images_at_hand
 from stepping_plugin.training.checkpoint import load_checkpoint, save_checkpoint
 from stepping_plugin.training.loop import CHECKPOINT, LOG, fit
 
@@ -235,3 +239,18 @@ def test_checkpoints_nested_without_end_are_refused(tmp_path):
         write_tensors(tmp_path / CHECKPOINT, {"x": torch.zeros(1)}, texts)
         with pytest.raises(CheckpointError, match=CHECKPOINT):
             load_checkpoint(tmp_path / CHECKPOINT)
+
+
+def test_the_image_size_is_that_of_the_loader_and_no_generator_moves():
+    """Half the size of the model's own configuration; the batches that follow are those that would have come."""
+    model = timm.create_model("test_resnet", num_classes=3)
+    data = TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8) % 3)
+    loader = DataLoader(data, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(5))
+    state, own = torch.get_rng_state(), loader.generator.get_state()
+    found = images_at_hand(None, loader)
+    assert found.shape == (4, 3, 32, 32)
+    assert torch.equal(state, torch.get_rng_state()) and torch.equal(own, loader.generator.get_state())
+    config = ConstructionConfig(iterations=1, batches=1, cooldown_iterations=0)
+    assert apply_steppingnet(model, [0.5], train_loader=loader, config=config).analysis.image_size == (3, 32, 32)
+    assert apply_steppingnet(model, [0.5], calibration=data.tensors[0]).analysis.image_size == (3, 32, 32)
+    assert images_at_hand(iter([])) is None and images_at_hand([]) is None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..graph.labels import Role
 from ..graph.program import call_arg, named_tensors, op_name
 from ..graph.weights import weight_key
 from ..nested.liveness import Life, measure_life
@@ -121,7 +122,7 @@ class _Fitting(fx.Interpreter):
             return super().run_node(n)
         if op_name(n) == "batch_norm":
             self._fit_norm(n, channels)
-        elif "source" in n.meta and n.meta["source"].args[1:] and isinstance(n.meta["source"].args[1], fx.Node):
+        elif "source" in n.meta and n.meta["source"].meta.get("role") == Role.CHANNELS:
             name = weight_key(n.meta["source"].args[1])
             if name in self.transposed and name not in self.fitted:
                 self.fitted.add(name)

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from stepping_plugin.errors import SteppingError, explain
+from stepping_plugin.training.checkpoint import random_state, restore_random_state
 
-__all__ = ["check_target", "checked_batch"]
+__all__ = ["check_target", "checked_batch", "images_at_hand"]
+
+
+def images_at_hand(*sources: Any) -> Tensor | None:
+    """The first images (B, C, H, W) of the first source that is not None: a tensor, or batches of images.
+
+    No generator moves by it. What has no length may be gone through only once, so it is left alone: None.
+    """
+    source: Any = next((s for s in sources if s is not None), None)
+    if isinstance(source, Tensor):
+        return source if source.dim() == 4 else None
+    if not isinstance(source, Sized):
+        return None
+    parts = (source, getattr(source, "sampler", None))
+    own = [g for g in (getattr(part, "generator", None) for part in parts) if isinstance(g, torch.Generator)]
+    before = random_state(), [g.get_state() for g in own]
+    try:
+        first = next(iter(cast(Any, source)), None)
+    finally:
+        restore_random_state(before[0])
+        for generator, state in zip(own, before[1]):
+            generator.set_state(state)
+    images = first[0] if isinstance(first, (tuple, list)) and first else first
+    return images if isinstance(images, Tensor) and images.dim() == 4 else None
 
 
 def checked_batch(batch: Any) -> tuple[Tensor, Tensor]:

@@ -98,8 +98,13 @@ def fit(
         val_loader: evaluated after every epoch; None: no evaluation.
         config: hyperparameters.
         teacher: for distillation, for example the original network; None: labels only.
-        gamma, temperature, from_largest, subnet_weights: see `SubnetLoss`.
-        beta, sequential, mixup: see `Trainer`.
+        gamma: weight of the labels beside the teacher, see `SubnetLoss`.
+        temperature: softness of the teacher's answers.
+        from_largest: the largest subnet teaches the others.
+        subnet_weights: one factor per subnet; None: all 1.
+        beta: of the weight-update suppression, see `Trainer`; 1: none.
+        sequential: the paper's updates, one per subnet and batch; N passes.
+        mixup: (images, labels) -> (images, class probabilities), such as `timm.data.Mixup`.
         checkpoint_dir: folder of `last.safetensors` and `log.jsonl`; None: nothing is written.
         resume: continue from the checkpoint in that folder if there is one; False: start anew.
         log: called with the record of every epoch (main process only).
