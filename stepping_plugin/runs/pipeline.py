@@ -292,6 +292,7 @@ class Run:
         proof = self._timed("verification", verify, net.cpu())
         data = report_data(self.recipe, net, accuracies, reference)
         data.update(early_exit=curve, verify=vars(proof), seconds=self.seconds, history=self.history)
+        data["notes"] = [*net.notes, *self.data.notes()]
         if self.main:
             net.save(self.folder / "net.safetensors")
             write_report(self.folder, data)

@@ -17,6 +17,7 @@ _ON_DISK_ONLY = ("scale", "ratio", "color_jitter", "aa", "reprob", "crop_pct", "
 _OF_DECODING = ("workers", "crop_pct", "interpolation")  # of data.in_memory too
 _WITHOUT = {  # sets that do without a key
     "root": ("digits",),
+    "test_fraction": ("digits", "fashion_mnist", *TORCH_SETS),
     "download": ("digits", "fashion_mnist", "imagefolder"),
     "train_split": ("digits", "fashion_mnist", "imagefolder"),
     "val_split": ("digits", "fashion_mnist", "imagefolder"),
@@ -64,7 +65,14 @@ class DataConfig(Section):
     )
     download: bool = key(False, "let torchvision or the hub fetch the data")
     val_fraction: float | None = key(
-        None, "share of the training set held out for validation; null: 0.1 in memory, 0 on disk", ge=0, lt=1
+        None,
+        "share of every class held out of the training set for validation; null: 0.1, unless the set has a "
+        "validation part; 0: the test set chooses too",
+        ge=0,
+        lt=1,
+    )
+    test_fraction: float | None = key(
+        None, "share of every class held out for testing where the set has no test part; null: 0.2", gt=0, lt=1
     )
     split_seed: int = key(
         0, "of the splits; apart from `seed`, so that runs with other seeds share them", ge=0, le=SEED

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from stepping_plugin.errors import SteppingError, explain
 
-__all__ = ["Augment", "EpochLoader", "EpochPlan", "EpochSampler", "ImageSet", "TensorSet", "TransformSet"]
+__all__ = ["Augment", "EpochLoader", "EpochPlan", "EpochSampler", "ImageSet", "TensorSet", "TransformSet",
+           "Unreadable"]  # fmt: skip
 
 Batch = tuple[Tensor, Tensor]  # images float32 (B, C, H, W), labels int64 (B,)
 
@@ -95,6 +96,7 @@ class EpochPlan:
     step: int
     rank: int
     world: int
+    train: bool = False
 
 
 class ImageSet(Protocol):
@@ -183,15 +185,56 @@ def _global_seed(seed: int) -> Iterator[None]:
         torch.random.set_rng_state(states[2])
 
 
-class _SeededEpoch(Dataset[tuple[Tensor, int]]):
-    """A `TransformSet` in one epoch: the randomness of a sample depends on seed, epoch and index only."""
+class Unreadable(SteppingError):
+    """A picture that cannot be read. It is left out of its batch; nothing takes its place.
 
-    def __init__(self, data: TransformSet, seed: int, epoch: int) -> None:
-        self.data, self.seed, self.epoch = data, seed, epoch
+    Args:
+        name: its file.
+        reason: what the decoder says.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, " ".join(reason.split())
+
+    def __str__(self) -> str:
+        return f"{self.name}: this picture cannot be read ({self.reason})"
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Pictures as a loader process sees them: it gets these fields, and nothing of the run."""
+
+    base: Any
+    transform: Callable[[Any], Tensor]
+    indices: Sequence[int] | None
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.base[index if self.indices is None else self.indices[index]]
+        return self.transform(image), int(label)
+
+
+@dataclass(frozen=True)
+class _SeededEpoch(Dataset[tuple[Tensor, int] | Unreadable]):
+    """Pictures in one epoch: the randomness of a sample depends on seed, epoch and index only."""
+
+    samples: _Samples
+    seed: int
+    epoch: int
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
         with _global_seed(derive_seed("sample", self.seed, self.epoch, index)):
-            return self.data[index]
+            try:
+                return self.samples[index]
+            except Unreadable as problem:
+                return problem
+
+
+def _collate(items: list[tuple[Tensor, int] | Unreadable]) -> tuple[Batch | None, list[Unreadable]]:
+    """The batch of all that could be read (None: nothing), and what could not."""
+    read = [item for item in items if not isinstance(item, Unreadable)]
+    batch = tuple(default_collate(read)) if read else None
+    return batch, [item for item in items if isinstance(item, Unreadable)]
 
 
 @dataclass(frozen=True)
@@ -199,34 +242,43 @@ class TransformSet:
     """Pictures that are opened and transformed one by one, by worker processes.
 
     Args:
-        base: `base[i]` is (picture, label); without a transform of its own.
+        base: `base[i]` is (picture, label), without a transform of its own, or raises `Unreadable`.
         transform: picture to float32 (C, H, W), normalised.
         indices: which samples of `base` belong to this set; None: all.
         workers: loader processes; 0: load in this one.
+        left_out: told of every picture that cannot be read, each time that it is missing in a batch.
     """
 
     base: Any  # a sized, indexable data set; torch's own classes do not declare __len__
     transform: Callable[[Any], Tensor]
     indices: Sequence[int] | None = None
     workers: int = 0
+    left_out: Callable[[Unreadable], None] | None = None
 
     def __len__(self) -> int:
         return len(self.base) if self.indices is None else len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.base[index if self.indices is None else self.indices[index]]
-        return self.transform(image), int(label)
+        return _Samples(self.base, self.transform, self.indices)[index]
 
     def batches(self, plan: EpochPlan) -> Iterator[Batch]:
-        loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-            _SeededEpoch(self, plan.seed, plan.epoch),
+        loader: DataLoader[Any] = DataLoader(
+            _SeededEpoch(_Samples(self.base, self.transform, self.indices), plan.seed, plan.epoch),
             batch_sampler=plan.chunks,
             num_workers=self.workers,
+            collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # without it, loading would draw from the global one
         )
         try:
-            yield from loader
+            for batch, missing in loader:
+                for problem in missing:
+                    if self.left_out is not None:
+                        self.left_out(problem)
+                if batch is not None:
+                    yield batch
+                elif plan.train:  # the processes of a run would lose step
+                    raise SteppingError(f"none of the {len(missing)} pictures of a batch can be read: {missing[0]}.")
         except SteppingError as error:  # of a worker: its text is a whole traceback
             raise SteppingError(str(error).rpartition("SteppingError: ")[2].strip()) from None
 
@@ -286,7 +338,8 @@ class EpochLoader:
         indices = list(self._sampler(self.epoch))
         starts = range(self.step * self.batch_size, self.num_batches * self.batch_size, self.batch_size)
         chunks = [indices[start : start + self.batch_size] for start in starts]
-        yield from self.dataset.batches(EpochPlan(chunks, self.seed, self.epoch, self.step, self.rank, self.world))
+        plan = EpochPlan(chunks, self.seed, self.epoch, self.step, self.rank, self.world, self.train)
+        yield from self.dataset.batches(plan)
         self.set_epoch(self.epoch + 1)
 
     def stream(self, step: int = 0) -> Iterator[Batch]:

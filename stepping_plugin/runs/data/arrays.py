@@ -14,8 +14,8 @@ from torch import Tensor
 from stepping_plugin.errors import SteppingError
 from stepping_plugin.runs.recipe_schema import DataConfig
 
-from .bundle import stratified_split
 from .memory import Pictures
+from .splits import stratified_split
 
 __all__ = ["digits", "fashion_mnist", "torchvision_arrays"]
 

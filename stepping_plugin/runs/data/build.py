@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from stepping_plugin.runs.recipe_schema import DataConfig
 
 from .arrays import digits, fashion_mnist, torchvision_arrays
 from .bundle import DataBundle
-from .decoding import in_memory_folders
-from .disk import on_disk, timm_dataset, timm_folder
-from .folders import image_folders, is_image_folder
+from .decoding import decoded
+from .disk import on_disk, timm_dataset, timm_source
+from .folders import image_folders, is_image_folder, root_of
 from .memory import in_memory
+from .sources import LeftOut
+from .splits import split_parts
 
 __all__ = ["build_data"]
 
@@ -39,23 +40,25 @@ def build_data(
     Raises:
         SteppingError: data missing, damaged or empty; the text says how to get it.
     """
-    if cfg.name == "digits":
-        return in_memory(cfg, *digits(cfg))
-    if cfg.name == "fashion_mnist":
-        return in_memory(cfg, *fashion_mnist(cfg))
-    if cfg.name == "imagefolder" and not cfg.in_memory:
-        parts = image_folders(cfg)
-        train, val, test = (timm_folder(part) for part in parts)
-        return on_disk(cfg, model_name, (train, val, test), parts[0].classes)
+    if cfg.val_fraction == 0:
+        say("data.val_fraction: 0: the test pictures are for validation too, every other one for thresholds")
+    if cfg.name in ("digits", "fashion_mnist"):
+        arrays = digits(cfg) if cfg.name == "digits" else fashion_mnist(cfg)
+        return in_memory(cfg, split_parts(cfg, arrays[0], None, arrays[1]))
+    left_out = LeftOut(say)
     if cfg.name == "imagefolder" or _are_pictures(cfg):
-        return in_memory_folders(cfg, image_folders(cfg), model_name if pretrained else None, say)
+        files = split_parts(cfg, *image_folders(cfg))
+        if cfg.in_memory or cfg.name != "imagefolder":
+            return decoded(cfg, files, model_name if pretrained else None, left_out)
+        return on_disk(cfg, model_name, files, left_out)
     train, test = timm_dataset(cfg, cfg.train_split), timm_dataset(cfg, cfg.val_split)
     if hasattr(train, "data") and hasattr(train, "targets"):
-        return in_memory(cfg, torchvision_arrays(train), torchvision_arrays(test))
-    return on_disk(cfg, model_name, (train, None, test))
+        return in_memory(cfg, split_parts(cfg, torchvision_arrays(train), None, torchvision_arrays(test)))
+    parts = split_parts(cfg, timm_source(cfg, train), None, timm_source(cfg, test))
+    return on_disk(cfg, model_name, parts, left_out)
 
 
 def _are_pictures(cfg: DataConfig) -> bool:
     """Whether one of torchvision's sets is there as folders of pictures, and not as torchvision keeps it."""
-    name, root = cfg.name.removeprefix("torch/"), Path(cfg.root if cfg.root is not None else "data")
+    name, root = cfg.name.removeprefix("torch/"), root_of(cfg)
     return name in _OWN_FOLDER and not (root / _OWN_FOLDER[name]).is_dir() and is_image_folder(root)

@@ -1,4 +1,4 @@
-"""Folders of small pictures, decoded once into memory."""
+"""Small pictures that are decoded once and kept in memory."""
 
 from __future__ import annotations
 
@@ -13,44 +13,45 @@ from torch import Tensor
 
 from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.runs.recipe_schema import DataConfig
+from stepping_plugin.training.loader import Unreadable
 
 from .bundle import DataBundle
-from .folders import Listing
 from .memory import Pictures, check_memory, in_memory
+from .sources import LeftOut, Opened, Source
 
-__all__ = ["UNREADABLE", "in_memory_folders"]
+__all__ = ["decoded"]
 
-# What Pillow raises for files that are no pictures, or damaged ones.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _SAY_EVERY = 5.0  # seconds
 _BLOCK = 512  # pictures handed to the threads at once
 
-Parts = tuple[Listing, Listing | None, Listing]
-Say = Callable[[str], None]
+Size = tuple[int, int, int]
+Convert = Callable[[Image.Image], Tensor]
 
 
-def in_memory_folders(cfg: DataConfig, parts: Parts, model_name: str | None, say: Say) -> DataBundle:
-    """Decode all pictures, as they are or at the size of the recipe, and keep them as bytes.
+def decoded(
+    cfg: DataConfig, parts: tuple[Source, Source, Source], model_name: str | None, left_out: LeftOut
+) -> DataBundle:
+    """All pictures, as they are or at the size of the recipe, kept as bytes.
 
     Args:
         cfg: of the recipe.
         parts: training, validation and test pictures.
         model_name: model whose mean and standard deviation are the defaults; None: those of the training pictures.
-        say: told how far it is, and which files cannot be read: those are left out.
+        left_out: told which pictures cannot be read; it also says how far it is.
 
     Raises:
         SteppingError: pictures of different sizes without `data.img_size`, too many of them, or none is readable.
     """
+    train, val, test = parts
     convert = _converter(cfg)
-    size = _size_of_all(parts[0], convert)
-    check_memory(cfg, sum(len(part) for part in parts if part is not None), size)
-    bad: list[str] = []
-    train, val, test = (_decode(part, convert, size, cfg, say, bad) if part else None for part in parts)
-    assert train is not None and test is not None
-    if bad:
-        say(f"left out of everything, because they cannot be read ({len(bad)}): {', '.join(bad[:5])}")
+    size = _size_of_all(Opened(train), convert)
+    check_memory(cfg, sum(len(part) for part in parts), size)
+    read = {name: _decode(name, part, convert, size, cfg, left_out)
+            for name, part in (("training", train), ("validation", val), ("test", test))
+            if name != "validation" or part is not test}  # fmt: skip
     cfg = cfg.model_copy(update={"img_size": None})  # done
-    return in_memory(cfg, train, test, val, _statistics_of(model_name), parts[0].classes, tuple(bad))
+    pictures = read["training"], read.get("validation", read["test"]), read["test"]
+    return in_memory(cfg, pictures, _statistics_of(model_name), classes=train.classes, left_out=left_out)
 
 
 def _statistics_of(model_name: str | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -65,78 +66,67 @@ def _statistics_of(model_name: str | None) -> tuple[tuple[float, ...], tuple[flo
     return tuple(config["mean"]), tuple(config["std"])
 
 
-def _converter(cfg: DataConfig) -> Callable[[str], Tensor]:
-    """File -> uint8 (3, H, W)."""
+def _converter(cfg: DataConfig) -> Convert:
+    """Picture -> uint8 (C, H, W)."""
     from timm.data import create_transform
 
-    resize = None
-    if cfg.img_size is not None:
-        interpolation, crop_pct = cfg.interpolation or "bicubic", cfg.crop_pct or 1.0
-        resize = create_transform(cfg.img_size, interpolation=interpolation, crop_pct=crop_pct, normalize=False)
-
-    def convert(file: str) -> Tensor:
-        with Image.open(file) as opened:
-            picture = opened.convert("RGB")
-        return resize(picture) if resize else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-    return convert
+    if cfg.img_size is None:
+        return lambda picture: torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    interpolation, crop_pct = cfg.interpolation or "bicubic", cfg.crop_pct or 1.0
+    return create_transform(cfg.img_size, interpolation=interpolation, crop_pct=crop_pct, normalize=False)
 
 
-def _size_of_all(train: Listing, convert: Callable[[str], Tensor]) -> tuple[int, int, int]:
+def _size_of_all(train: Opened, convert: Convert) -> Size:
     """(C, H, W) of the first picture that can be read; all others must have it."""
-    for file in train.files:
+    for index in range(len(train)):
         try:
-            channels, height, width = convert(file).shape
-        except UNREADABLE:
+            channels, height, width = convert(train[index][0]).shape
+        except Unreadable:
             continue
         if height != width:
-            action = "Pass data.img_size=PIXELS to resize them."
+            where, action = train.source.name(index), "Pass data.img_size=PIXELS to resize them."
             raise SteppingError(
-                explain("not square", where=file, got=f"{height} x {width} pixels", expected="square", action=action)
+                explain("not square", where=where, got=f"{height} x {width} pixels", expected="square", action=action)
             )
         return channels, height, width
-    raise SteppingError(f"{train.folder}: none of its {len(train):,} pictures can be read, {train.files[0]} and so on.")
+    raise SteppingError(
+        f"{train.source.where}: none of its {len(train):,} pictures can be read, {train.source.name(0)}."
+    )
 
 
-def _decode(
-    part: Listing,
-    convert: Callable[[str], Tensor],
-    size: tuple[int, int, int],
-    cfg: DataConfig,
-    say: Say,
-    bad: list[str],
-) -> Pictures:
-    """All readable pictures of a part; the names of the others are added to `bad`."""
-    images = torch.empty(len(part), *size, dtype=torch.uint8)
-    good: list[int] = []
+def _decode(name: str, part: Source, convert: Convert, size: Size, cfg: DataConfig, left_out: LeftOut) -> Pictures:
+    """All readable pictures of a part."""
+    images, labels = torch.empty(len(part), *size, dtype=torch.uint8), torch.empty(len(part), dtype=torch.int64)
+    opened, good = Opened(part), []
 
-    def read(place: int) -> Exception | None:
+    def read(place: int) -> SteppingError | None:
         try:
-            image = convert(part.files[place])
-        except UNREADABLE as error:
-            return error
+            picture, labels[place] = opened[place]
+            image = convert(picture)
+        except Unreadable as problem:
+            return problem
         if image.shape != size:
             return SteppingError(
-                explain("pictures of different sizes", where=part.files[place], got=f"{tuple(image.shape[1:])} pixels",
+                explain("pictures of different sizes", where=part.name(place), got=f"{tuple(image.shape[1:])} pixels",
                         expected=f"{size[1:]} as the first one", action="Pass data.img_size=PIXELS to resize them.")
             )  # fmt: skip
         images[place] = image
         return None
 
-    for place, problem in enumerate(_read_all(read, len(part), cfg.workers, part.folder.name, say)):
-        if isinstance(problem, SteppingError):
-            raise problem
+    for place, problem in enumerate(_read_all(read, len(part), cfg.workers, name, left_out.say)):
         if problem is None:
             good.append(place)
+        elif isinstance(problem, Unreadable):
+            left_out(problem)
         else:
-            bad.append(part.files[place])
-    pictures = Pictures(images, torch.tensor(part.labels, dtype=torch.int64))
+            raise problem
+    pictures = Pictures(images, labels)
     return pictures if len(good) == len(part) else pictures.take(torch.tensor(good, dtype=torch.int64))
 
 
 def _read_all(
-    read: Callable[[int], Exception | None], count: int, threads: int, name: str, say: Say
-) -> Iterator[Exception | None]:
+    read: Callable[[int], SteppingError | None], count: int, threads: int, name: str, say: Callable[[str], None]
+) -> Iterator[SteppingError | None]:
     """What became of every picture, in order. Pillow decodes outside of Python's lock, so threads help."""
     said = began = time.monotonic()
     with ThreadPoolExecutor(max(threads, 1)) as pool:
@@ -145,6 +135,6 @@ def _read_all(
             now, done = time.monotonic(), min(start + _BLOCK, count)
             if now - said > _SAY_EVERY and done < count:
                 left = (now - began) / done * (count - done)
-                say(f"reading {name}/ into memory: {done:,} of {count:,} pictures, {left:.0f} s left")
+                say(f"{name} pictures: {done:,} of {count:,} read into memory, {left:.0f} s left")
                 said = now
-    say(f"{name}/: {count:,} pictures read into memory in {time.monotonic() - began:.0f} s")
+    say(f"{name} pictures: {count:,} read into memory in {time.monotonic() - began:.0f} s")

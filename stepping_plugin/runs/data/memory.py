@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,25 +14,24 @@ from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.runs.recipe_schema import DataConfig
 from stepping_plugin.training.loader import Augment, TensorSet
 
-from .bundle import DataBundle, check_channels, limited, stratified_split
+from .bundle import DataBundle, check_channels
 
 __all__ = ["Pictures", "check_memory", "in_memory"]
 
-# Shift in pixels, probability of a mirror image, share of the training set held out for validation.
-_DEFAULTS: dict[str, tuple[int, float, float]] = {
-    "digits": (1, 0.0, 0.1),
-    "fashion_mnist": (2, 0.5, 0.1),
-    "cifar10": (4, 0.5, 0.1),
-    "cifar100": (4, 0.5, 0.1),
-    "imagefolder": (2, 0.5, 0.1),
-}
+# Shift in pixels, probability of a mirror image.
+_DEFAULTS = {"digits": (1, 0.0), "fashion_mnist": (2, 0.5), "cifar10": (4, 0.5), "cifar100": (4, 0.5),
+             "imagefolder": (2, 0.5)}  # fmt: skip
 
 
-class Pictures(NamedTuple):
+@dataclass(frozen=True)
+class Pictures:
     """uint8 (M, C, H, W) and int64 (M,)."""
 
     images: Tensor
     labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def take(self, indices: Tensor) -> Pictures:
         return Pictures(self.images[indices], self.labels[indices])
@@ -39,42 +39,25 @@ class Pictures(NamedTuple):
 
 def in_memory(
     cfg: DataConfig,
-    train: Pictures,
-    test: Pictures,
-    val: Pictures | None = None,
+    parts: tuple[Pictures, Pictures, Pictures],
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
-    classes: tuple[str, ...] = (),
-    left_out: tuple[str, ...] = (),
+    **known: Any,
 ) -> DataBundle:
     """A set out of its arrays.
 
     Args:
         cfg: of the recipe.
-        train, test: the parts that it comes in.
-        val: None: a share of every class is held out of `train`.
+        parts: training, validation, test.
         statistics: mean and standard deviation where the recipe gives none; None: those of the training pictures.
-        classes, left_out: see `DataBundle`.
+        known: what else the bundle is to know.
 
     Raises:
-        SteppingError: empty, or keys that do not fit the pictures.
+        SteppingError: keys that do not fit the pictures.
     """
-    shift, hflip, val_share = _DEFAULTS.get(cfg.name.removeprefix("torch/"), (2, 0.0, 0.1))
+    shift, hflip = _DEFAULTS.get(cfg.name.removeprefix("torch/"), (2, 0.0))
     shift = shift if cfg.shift is None else cfg.shift
     hflip = hflip if cfg.hflip is None else cfg.hflip
-    if min(len(train.labels), len(test.labels)) == 0:
-        raise SteppingError(f"data set {cfg.name!r} is empty: check the files in data.root")
-    num_classes = max(len(classes), int(train.labels.max()) + 1)
-    if cfg.img_size is not None:
-        size = train.images.shape[1], cfg.img_size, cfg.img_size  # for a moment they are there twice
-        check_memory(cfg, 2 * (len(train.labels) + len(test.labels)), size)
-        train, test = (_resize(part, cfg.img_size) for part in (train, test))
-    if val is None:
-        share = val_share if cfg.val_fraction is None else cfg.val_fraction
-        kept, held = stratified_split(train.labels, share, cfg.split_seed)
-        val = train.take(held) if len(held) else None
-        train = train.take(limited(kept, cfg))
-    elif cfg.limit is not None:
-        train = train.take(limited(torch.arange(len(train.labels)), cfg))
+    train, val, test = _resized(parts, cfg)
     mean, std = statistics or _statistics(train.images)
     mean, std = tuple(cfg.mean or mean), tuple(cfg.std or std)
     channels, height, width = train.images.shape[1:]
@@ -84,19 +67,18 @@ def in_memory(
             explain("the pictures would leave the frame", where="data.shift", got=shift, expected=expected)
         )
     check_channels(cfg, channels, mean, std)
-    test_set = TensorSet(*test, mean, std)
+    test_set = TensorSet(test.images, test.labels, mean, std)
     return DataBundle(
         name=cfg.name,
-        train=TensorSet(*train, mean, std, Augment(shift, hflip)),
-        val=TensorSet(*val, mean, std) if val is not None else test_set,
+        train=TensorSet(train.images, train.labels, mean, std, Augment(shift, hflip)),
+        val=test_set if val is test else TensorSet(val.images, val.labels, mean, std),
         test=test_set,
-        num_classes=num_classes,
+        num_classes=max(len(known.get("classes", ())), *(int(part.labels.max()) + 1 for part in parts)),
         in_chans=channels,
         img_size=max(height, width),
         mean=mean,
         std=std,
-        classes=classes,
-        left_out=left_out,
+        **known,
     )
 
 
@@ -113,6 +95,19 @@ def check_memory(cfg: DataConfig, pictures: int, size: tuple[int, int, int]) -> 
         got = f"{max(height, width)}: {sizes}"
         action = "Take smaller pictures, or leave them on disk." if cfg.in_memory else "Take smaller pictures."
         raise SteppingError(explain("too large", where="data.img_size", got=got, action=action))
+
+
+def _resized(parts: tuple[Pictures, Pictures, Pictures], cfg: DataConfig) -> tuple[Pictures, Pictures, Pictures]:
+    """Parts at the size of the recipe; a test part that is the validation part stays so."""
+    size = cfg.img_size
+    if size is None:
+        return parts
+    train, val, test = parts
+    check_memory(
+        cfg, 2 * sum(map(len, parts)), (train.images.shape[1], size, size)
+    )  # for a moment they are there twice
+    small_test = _resize(test, size)
+    return _resize(train, size), small_test if val is test else _resize(val, size), small_test
 
 
 def _resize(part: Pictures, size: int) -> Pictures:
