@@ -156,6 +156,8 @@ def test_budgets_are_written_as_in_python(budgets):
         (MINIMAL, "data.train_split=half"),
         (MINIMAL, "data.aa=rand-m9"),
         (MINIMAL, "data.in_memory=true"),
+        (MINIMAL, "data.in_chans=3"),
+        (DISK.replace("folder", "folder, in_chans: 4"), "data.aa=rand-m9"),
         (MINIMAL, "data.test_fraction=0.3"),
         (MEMORY, "data.scale=[0.5, 1.0]"),
         (DISK, "data.shift=1"),

@@ -12,9 +12,13 @@ __all__ = ["BATCH", "EPOCHS", "LR", "SEED", "SUBNETS", "TORCH_SETS", "UPDATES", 
 
 TORCH_SETS = ("cifar10", "cifar100", "kmnist", "mnist", "qmnist")  # of torchvision, one array in memory
 _KNOWN_SETS = ("digits", "fashion_mnist", "imagefolder", *TORCH_SETS)
-_ON_DISK_ONLY = ("scale", "ratio", "color_jitter", "aa", "reprob", "crop_pct", "interpolation", "workers",
-                 "num_classes")  # fmt: skip
-_OF_DECODING = ("workers", "crop_pct", "interpolation")  # of data.in_memory too
+# Where a key has an effect: sets that come as an array, pictures decoded into memory, pictures on disk.
+_WHERE = {
+    "shift": "array decoded",
+    **dict.fromkeys(("workers", "crop_pct", "interpolation", "in_chans"), "decoded disk"),
+    **dict.fromkeys(("scale", "ratio", "color_jitter", "aa", "reprob", "num_classes"), "disk"),
+}
+_INSTEAD = {"shift": "scale and ratio", "scale": "shift and hflip", "ratio": "shift and hflip"}
 _WITHOUT = {  # sets that do without a key
     "root": ("digits",),
     "test_fraction": ("digits", "fashion_mnist", *TORCH_SETS),
@@ -87,6 +91,12 @@ class DataConfig(Section):
     std: list[Annotated[float, Field(ge=1e-6, le=1000)]] | None = key(
         None, "per channel, above 0; null: of the training set, or as the model wants it", min_length=1, max_length=64
     )
+    in_chans: int | None = key(
+        None,
+        "channels of pictures and model: 1 grey, 3 RGB, 2 and 4 with alpha, others by TIFF pages or .npy; null: 3",
+        ge=1,
+        le=64,
+    )
     hflip: float | None = key(None, "probability of a mirror image; null: what suits the set", ge=0, le=1)
     shift: int | None = key(
         None, "random shift in pixels, black moves in; sets in memory only; null: what suits the set", ge=0, le=IMAGE
@@ -137,21 +147,22 @@ class DataConfig(Section):
             raise ValueError(f"{len(std)} numbers, but data.mean has {len(mean)}; one per channel each")
         return std
 
-    @field_validator(*_ON_DISK_ONLY, "shift", *_WITHOUT)
+    @field_validator(*_WHERE, *_WITHOUT)
     @classmethod
     def _has_an_effect(cls, value: Any, info: ValidationInfo) -> Any:
         """A key that this kind of set would ignore is a mistake."""
         name, field = info.data.get("name"), str(info.field_name)
         if name is None or value == cls.model_fields[field].default:
             return value
-        array, decoded = _comes_as_array(name), bool(info.data.get("in_memory"))
-        if field in _WITHOUT:
-            if name in _WITHOUT[field]:
-                raise ValueError(f"has no effect on data.name={name}: remove it")
-        elif not (decoded and field in _OF_DECODING) and (array or decoded) != (field == "shift"):
-            alternative = "shift and hflip" if array or decoded else "scale and ratio"
-            hint = f"; there, use {alternative}" if field not in ("workers", "num_classes") else ""
-            raise ValueError(f"has no effect on data.name={name}{' in memory' if decoded else ''}{hint}")
+        if name in _WITHOUT.get(field, ()):
+            raise ValueError(f"has no effect on data.name={name}: remove it")
+        kind = "array" if _comes_as_array(name) else "decoded" if info.data.get("in_memory") else "disk"
+        if kind not in _WHERE.get(field, kind):
+            hint = f"; there, use {_INSTEAD[field]}" if field in _INSTEAD else ""
+            raise ValueError(f"has no effect on data.name={name}{' in memory' if kind == 'decoded' else ''}{hint}")
+        channels = info.data.get("in_chans")
+        if field in ("aa", "color_jitter") and channels not in (None, 1, 3):
+            raise ValueError(f"has no effect on pictures of {channels} channels: remove it")
         return value
 
 

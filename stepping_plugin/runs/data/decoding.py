@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.runs.recipe_schema import DataConfig
@@ -18,14 +18,16 @@ from stepping_plugin.training.loader import Unreadable
 from .bundle import DataBundle
 from .memory import Pictures, check_memory, in_memory
 from .sources import LeftOut, Opened, Source
+from .transforms import model_statistics
 
 __all__ = ["decoded"]
 
 _SAY_EVERY = 5.0  # seconds
+_RESIZE = "Pass data.img_size=PIXELS to resize them."
 _BLOCK = 512  # pictures handed to the threads at once
 
 Size = tuple[int, int, int]
-Convert = Callable[[Image.Image], Tensor]
+Convert = Callable[[Image.Image | Tensor], Tensor]
 
 
 def decoded(
@@ -42,28 +44,19 @@ def decoded(
     Raises:
         SteppingError: pictures of different sizes without `data.img_size`, too many of them, or none is readable.
     """
-    train, val, test = parts
+    train, val, test = (Opened(part, cfg.in_chans or 3) for part in parts)
     convert = _converter(cfg)
-    size = _size_of_all(Opened(train), convert)
+    size = _size_of_all(train, convert)
     check_memory(cfg, sum(len(part) for part in parts), size)
-    read = {name: _decode(name, part, convert, size, cfg, left_out)
-            for name, part in (("training", train), ("validation", val), ("test", test))
-            if name != "validation" or part is not test}  # fmt: skip
+    pictures = _decode("training", train, convert, size, cfg, left_out)
+    measured = _decode("test", test, convert, size, cfg, left_out)
+    choosing = measured
+    if parts[1] is not parts[2]:
+        choosing = _decode("validation", val, convert, size, cfg, left_out)
     cfg = cfg.model_copy(update={"img_size": None})  # done
-    pictures = read["training"], read.get("validation", read["test"]), read["test"]
-    return in_memory(cfg, pictures, _statistics_of(model_name), classes=train.classes, left_out=left_out)
-
-
-def _statistics_of(model_name: str | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation that a pretrained model wants."""
-    if model_name is None:
-        return None
-    from timm.data import resolve_data_config
-    from timm.models import get_pretrained_cfg
-
-    own = get_pretrained_cfg(model_name)
-    config = resolve_data_config({}, pretrained_cfg=own.to_dict() if own else {"input_size": (3, 224, 224)})
-    return tuple(config["mean"]), tuple(config["std"])
+    statistics = model_statistics(model_name, size[0]) if model_name else None
+    classes = parts[0].classes
+    return in_memory(cfg, (pictures, choosing, measured), statistics, classes=classes, left_out=left_out)
 
 
 def _converter(cfg: DataConfig) -> Convert:
@@ -71,7 +64,7 @@ def _converter(cfg: DataConfig) -> Convert:
     from timm.data import create_transform
 
     if cfg.img_size is None:
-        return lambda picture: torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return lambda picture: picture if isinstance(picture, Tensor) else pil_to_tensor(picture)
     interpolation, crop_pct = cfg.interpolation or "bicubic", cfg.crop_pct or 1.0
     return create_transform(cfg.img_size, interpolation=interpolation, crop_pct=crop_pct, normalize=False)
 
@@ -84,20 +77,18 @@ def _size_of_all(train: Opened, convert: Convert) -> Size:
         except Unreadable:
             continue
         if height != width:
-            where, action = train.source.name(index), "Pass data.img_size=PIXELS to resize them."
-            raise SteppingError(
-                explain("not square", where=where, got=f"{height} x {width} pixels", expected="square", action=action)
-            )
+            where, got = train.source.name(index), f"{height} x {width} pixels"
+            raise SteppingError(explain("not square", where=where, got=got, expected="square", action=_RESIZE))
         return channels, height, width
     raise SteppingError(
         f"{train.source.where}: none of its {len(train):,} pictures can be read, {train.source.name(0)}."
     )
 
 
-def _decode(name: str, part: Source, convert: Convert, size: Size, cfg: DataConfig, left_out: LeftOut) -> Pictures:
+def _decode(name: str, opened: Opened, convert: Convert, size: Size, cfg: DataConfig, left_out: LeftOut) -> Pictures:
     """All readable pictures of a part."""
-    images, labels = torch.empty(len(part), *size, dtype=torch.uint8), torch.empty(len(part), dtype=torch.int64)
-    opened, good = Opened(part), []
+    count, good = len(opened), []
+    images, labels = torch.empty(count, *size, dtype=torch.uint8), torch.empty(count, dtype=torch.int64)
 
     def read(place: int) -> SteppingError | None:
         try:
@@ -106,14 +97,15 @@ def _decode(name: str, part: Source, convert: Convert, size: Size, cfg: DataConf
         except Unreadable as problem:
             return problem
         if image.shape != size:
+            where, got, action = opened.source.name(place), f"{tuple(image.shape[1:])} pixels", _RESIZE
+            expected = f"{size[1:]} as the first one"
             return SteppingError(
-                explain("pictures of different sizes", where=part.name(place), got=f"{tuple(image.shape[1:])} pixels",
-                        expected=f"{size[1:]} as the first one", action="Pass data.img_size=PIXELS to resize them.")
-            )  # fmt: skip
+                explain("pictures of different sizes", where=where, got=got, expected=expected, action=action)
+            )
         images[place] = image
         return None
 
-    for place, problem in enumerate(_read_all(read, len(part), cfg.workers, name, left_out.say)):
+    for place, problem in enumerate(_read_all(read, count, cfg.workers, name, left_out.say)):
         if problem is None:
             good.append(place)
         elif isinstance(problem, Unreadable):
@@ -121,7 +113,7 @@ def _decode(name: str, part: Source, convert: Convert, size: Size, cfg: DataConf
         else:
             raise problem
     pictures = Pictures(images, labels)
-    return pictures if len(good) == len(part) else pictures.take(torch.tensor(good, dtype=torch.int64))
+    return pictures if len(good) == count else pictures.take(torch.tensor(good, dtype=torch.int64))
 
 
 def _read_all(

@@ -11,8 +11,9 @@ from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.runs.recipe_schema import TORCH_SETS, DataConfig
 from stepping_plugin.training.loader import TransformSet
 
-from .bundle import DataBundle, check_channels
+from .bundle import DataBundle
 from .sources import LeftOut, Opened, Source, TimmSet
+from .transforms import data_config, transforms
 
 __all__ = ["on_disk", "timm_dataset", "timm_source"]
 
@@ -61,59 +62,28 @@ def on_disk(
     Raises:
         SteppingError: keys that timm cannot use.
     """
-    config = _model_config(cfg, model_name)
-    train_transform, eval_transform = _transforms(cfg, config)
+    config = data_config(cfg, model_name)
+    augmented, plain = transforms(cfg, config)
+    channels, _, img_size = config["input_size"]
+
+    def images(part: Source, transform: Any) -> TransformSet:
+        return TransformSet(Opened(part, channels), transform, None, cfg.workers, left_out)
+
     train, val, test = parts
-    test_set = TransformSet(Opened(test), eval_transform, None, cfg.workers, left_out)
+    test_set = images(test, plain)
     return DataBundle(
         name=cfg.name,
-        train=TransformSet(Opened(train), train_transform, None, cfg.workers, left_out),
-        val=test_set if val is test else TransformSet(Opened(val), eval_transform, None, cfg.workers, left_out),
+        train=images(train, augmented),
+        val=test_set if val is test else images(val, plain),
         test=test_set,
         num_classes=_count_classes(cfg, train),
-        in_chans=config["input_size"][0],
-        img_size=config["input_size"][-1],
+        in_chans=channels,
+        img_size=img_size,
         mean=config["mean"],
         std=config["std"],
         classes=train.classes,
         left_out=left_out,
     )
-
-
-def _model_config(cfg: DataConfig, model_name: str | None) -> dict[str, Any]:
-    """timm's data configuration: of the recipe, else of the model."""
-    from timm.data import resolve_data_config
-    from timm.models import get_pretrained_cfg
-
-    own = get_pretrained_cfg(model_name) if model_name else None
-    check_channels(cfg, 3, cfg.mean or (0,) * 3, cfg.std or (1,) * 3)  # pictures are opened in RGB
-    return resolve_data_config(
-        cfg.model_dump(include={"img_size", "mean", "std", "interpolation", "crop_pct"}),
-        pretrained_cfg=own.to_dict() if own else {"input_size": (3, 224, 224)},
-    )
-
-
-def _transforms(cfg: DataConfig, config: dict[str, Any]) -> tuple[Any, Any]:
-    """Of training and of evaluation."""
-    from timm.data import create_transform
-
-    size, norm = config["input_size"], {"mean": config["mean"], "std": config["std"]}
-    chosen = cfg.model_dump(include={"scale", "ratio", "hflip", "color_jitter"}, exclude_none=True)
-    try:
-        train = create_transform(
-            size,
-            is_training=True,
-            auto_augment=cfg.aa,
-            re_prob=cfg.reprob,
-            interpolation="random",
-            **norm,
-            **chosen,
-        )
-    except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
-        reason = f"timm cannot read it ({type(error).__name__}: {error})"
-        expected = "a policy such as rand-m9-mstd0.5-inc1, augmix-m5-w4 or original-mstd0.5"
-        raise SteppingError(explain(reason, where="data.aa", got=cfg.aa, expected=expected)) from error
-    return train, create_transform(size, interpolation=config["interpolation"], crop_pct=config["crop_pct"], **norm)
 
 
 def _count_classes(cfg: DataConfig, train: Source) -> int:

@@ -9,6 +9,7 @@ import torch
 from stepping_plugin.errors import SteppingError
 from stepping_plugin.runs.recipe_schema import DataConfig
 
+from .channels import EXTENSIONS
 from .sources import Files
 
 __all__ = ["image_folders", "is_image_folder", "root_of"]
@@ -59,7 +60,7 @@ def _listed(folder: Path, train: Files | None) -> Files:
     """Pictures below a folder; `train` tells which classes there are."""
     from timm.data.readers.reader_image_folder import find_images_and_targets
 
-    pairs, numbers = find_images_and_targets(str(folder))
+    pairs, numbers = find_images_and_targets(str(folder), types=list(EXTENSIONS))
     if not pairs:
         raise SteppingError(f"no pictures under {folder}: expected {folder}/CLASS/*.jpg, *.png and the like.")
     classes = tuple(numbers)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from stepping_plugin.training.loader import Unreadable
 
+from .channels import as_channels, open_file
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -50,8 +52,8 @@ class Source(Protocol):
         """Of a picture, for texts."""
         ...
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        """A picture, perhaps not decoded yet, and its label."""
+    def open(self, index: int) -> tuple[Any, int]:
+        """A picture as `channels.as_channels` takes it, and its label."""
         ...
 
 
@@ -73,8 +75,8 @@ class Files:
     def name(self, index: int) -> str:
         return self.files[index]
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        return Image.open(self.files[index]), int(self.labels[index])
+    def open(self, index: int) -> tuple[Any, int]:
+        return open_file(self.files[index]), int(self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class TimmSet:
         filename: Callable[[int], str] | None = getattr(self.dataset, "filename", None)
         return f"picture {place} of {self.where}" if filename is None else filename(place)
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
+    def open(self, index: int) -> tuple[Any, int]:
         picture, label, *_ = self.dataset[index if self.indices is None else int(self.indices[index])]
         return picture, int(label)
 
@@ -108,20 +110,24 @@ class TimmSet:
 class Opened:
     """A source as an indexable set of (decoded picture, label).
 
+    Args:
+        source: of the pictures.
+        channels: of the model, see `as_channels`.
+
     Raises:
         Unreadable: on access, with the name of the file.
     """
 
     source: Source
+    channels: int
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
         try:
             picture, label = self.source.open(index)
-            with picture:
-                return picture.convert("RGB"), label
+            return as_channels(picture, self.channels, self.source.name(index)), label
         except UNREADABLE as error:
             raise Unreadable(self.source.name(index), str(error) or type(error).__name__) from None
 
