@@ -1,5 +1,6 @@
 """Data sets and loaders: nothing lost, nothing doubled, every batch reproducible from where it stands."""
 
+import dataclasses
 import gzip
 import itertools
 import struct
@@ -53,6 +54,32 @@ def test_sampler_depends_on_seed_and_epoch_only():
     torch.manual_seed(99)
     assert list(EpochSampler(50, 1, 2)) == first
     assert list(EpochSampler(5, shuffle=False)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("sizes", [[40, 3, 7], [1, 1, 1], [5, 100], [9]])
+@pytest.mark.parametrize("world", [1, 2])
+def test_balanced_epochs_visit_classes_equally_often_and_samples_of_a_class_in_turns(sizes, world):
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    shares = [list(EpochSampler(len(labels), 1, 2, rank, world, balance=labels)) for rank in range(world)]
+    visits = torch.bincount(torch.tensor([i for share in shares for i in share][: len(labels)]), minlength=len(labels))
+    of_class = [visits[labels == label] for label in range(len(sizes))]
+    counts = [int(each.sum()) for each in of_class]
+    assert sum(counts) == len(labels) and max(counts) - min(counts) <= 1 + (world > 1)
+    assert all(each.max() - each.min() <= 1 + (world > 1) for each in of_class)
+    orders = {tuple(EpochSampler(len(labels), 1, epoch, balance=labels)) for epoch in range(3)}
+    assert len(orders) == 3 or len(labels) < 5
+
+
+def test_balanced_batches_are_of_the_training_part_only():
+    bundle = build_data(DataConfig(name="digits", limit=300, balance="sampler"))
+    rare = torch.cat(
+        [(bundle.train_labels == 3).nonzero().flatten()[:2], (bundle.train_labels != 3).nonzero().flatten()]
+    )
+    data = TensorSet(bundle.train.images[rare], bundle.train.labels[rare], bundle.mean, bundle.std)
+    loader = dataclasses.replace(bundle, train=data, train_labels=data.labels).loader("train", len(data))
+    ((_, labels),) = loader
+    assert torch.bincount(labels).tolist() == pytest.approx([len(data) / 10] * 10, abs=1)
+    assert labels_of(bundle.loader("test", 64)) == bundle.test.labels.tolist()
 
 
 def test_empty_set_and_bad_rank_are_clear_errors():

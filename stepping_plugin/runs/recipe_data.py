@@ -82,6 +82,9 @@ class DataConfig(Section):
         0, "of the splits; apart from `seed`, so that runs with other seeds share them", ge=0, le=SEED
     )
     limit: int | None = key(None, "use only so many training samples", ge=1, le=10**9)
+    balance: Literal["sampler"] | None = key(
+        None, "classes of unequal size; sampler: every class is equally often in the training batches"
+    )
     img_size: int | None = key(
         None, "resize to this many pixels; null: as they are, or as the model wants them", ge=1, le=IMAGE
     )

@@ -54,6 +54,7 @@ class EpochSampler:
         even: all ranks get equally many, the first samples of the order being repeated for it. Training needs
             that (gradients are exchanged at every step); evaluation must not have it (samples would count
             twice).
+        balance: labels, int64 (length,): every class is visited equally often, see `balanced_order`.
     """
 
     def __init__(
@@ -66,13 +67,16 @@ class EpochSampler:
         *,
         shuffle: bool = True,
         even: bool = True,
+        balance: Tensor | None = None,
     ) -> None:
         if length < 1:
             raise SteppingError("the data set is empty: there is nothing to load. Check data.root and data.name.")
         if not 0 <= rank < world:
             raise SteppingError(explain("bad rank", got=f"rank {rank} of {world}", expected="0 <= rank < world"))
         order = torch.arange(length)
-        if shuffle:
+        if balance is not None:
+            order = balanced_order(balance, seeded_generator("order", seed, epoch))
+        elif shuffle:
             order = torch.randperm(length, generator=seeded_generator("order", seed, epoch))
         if even:
             total = math.ceil(length / world) * world
@@ -84,6 +88,24 @@ class EpochSampler:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """As many indices as there are labels, every class equally often (or once more), its samples in turns.
+
+    So a sample of a rare class comes several times per epoch, as often as the others of its class (or once more),
+    and of a frequent class every epoch leaves out others.
+    """
+    classes = labels.unique().tolist()
+    share, rest = divmod(len(labels), len(classes))
+    favoured = set(torch.randperm(len(classes), generator=generator)[:rest].tolist())
+    parts = []
+    for place, label in enumerate(classes):
+        members, count = (labels == label).nonzero().flatten(), share + (place in favoured)
+        turns = [members[torch.randperm(len(members), generator=generator)] for _ in range(-(-count // len(members)))]
+        parts += turns and [torch.cat(turns)[:count]]
+    order = torch.cat(parts)
+    return order[torch.randperm(len(order), generator=generator)]
 
 
 @dataclass(frozen=True)
@@ -297,7 +319,7 @@ class EpochLoader:
         data: a `TensorSet`, a `TransformSet` or anything else that has `__len__` and `batches`.
         batch_size: of this process; `world` times that many samples make one step.
         train: see above.
-        seed, rank, world: see `EpochSampler`.
+        seed, rank, world, balance: see `EpochSampler`.
     """
 
     def __init__(
@@ -309,6 +331,7 @@ class EpochLoader:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        balance: Tensor | None = None,
     ) -> None:
         if batch_size < 1:
             raise SteppingError(explain("bad batch size", got=batch_size, expected="a whole number from 1 up"))
@@ -316,6 +339,7 @@ class EpochLoader:
         self.batch_size = batch_size
         self.train = train
         self.seed, self.rank, self.world = seed, rank, world
+        self.balance = balance
         self.epoch = self.step = 0
         samples = len(self._sampler(0))
         full, rest = divmod(samples, batch_size)
@@ -323,8 +347,9 @@ class EpochLoader:
 
     def _sampler(self, epoch: int) -> EpochSampler:
         return EpochSampler(
-            len(self.dataset), self.seed, epoch, self.rank, self.world, shuffle=self.train, even=self.train
-        )
+            len(self.dataset), self.seed, epoch, self.rank, self.world,
+            shuffle=self.train, even=self.train, balance=self.balance,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""

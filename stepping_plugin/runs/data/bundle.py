@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.runs.recipe_schema import DataConfig
@@ -27,6 +28,8 @@ class DataBundle:
         num_classes, in_chans, img_size: of the model to build (images are square).
         mean, std: per channel; the loaders' images are normalised with them.
         classes: their names in the order of the class scores; empty where the set has none.
+        train_labels: of the training pictures, int64; None: only opening the pictures would tell.
+        balanced: batches of training pictures hold every class equally often.
         left_out: pictures that could not be read so far, of all parts.
     """
 
@@ -40,6 +43,8 @@ class DataBundle:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...] = ()
+    train_labels: Tensor | None = None
+    balanced: bool = False
     left_out: LeftOut = field(default_factory=lambda: LeftOut(lambda text: None))
 
     @property
@@ -55,8 +60,9 @@ class DataBundle:
 
     def loader(self, part: str, batch_size: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> EpochLoader:
         """Loader of "train" (shuffled, augmented), "val" or "test" (in order, as they are, none twice)."""
-        data = {"train": self.train, "val": self.val, "test": self.test}[part]
-        return EpochLoader(data, batch_size, train=part == "train", seed=seed, rank=rank, world=world)
+        data, train = {"train": self.train, "val": self.val, "test": self.test}[part], part == "train"
+        labels = self.train_labels if train and self.balanced else None
+        return EpochLoader(data, batch_size, train=train, seed=seed, rank=rank, world=world, balance=labels)
 
 
 def check_channels(cfg: DataConfig, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -62,6 +62,9 @@ def on_disk(
     Raises:
         SteppingError: keys that timm cannot use.
     """
+    if cfg.balance and parts[0].labels is None:
+        reason = f"data set {cfg.name!r} tells the class of a picture only when it is opened"
+        raise SteppingError(explain(reason, where="data.balance", action="Take a set with labels, or remove the key."))
     config = data_config(cfg, model_name)
     augmented, plain = transforms(cfg, config)
     channels, _, img_size = config["input_size"]
@@ -82,6 +85,8 @@ def on_disk(
         mean=config["mean"],
         std=config["std"],
         classes=train.classes,
+        train_labels=train.labels,
+        balanced=cfg.balance == "sampler",
         left_out=left_out,
     )
 

@@ -78,6 +78,8 @@ def in_memory(
         img_size=max(height, width),
         mean=mean,
         std=std,
+        train_labels=train.labels,
+        balanced=cfg.balance == "sampler",
         **known,
     )
 
