@@ -156,6 +156,17 @@ def test_augmentation_is_a_shift_with_black_and_a_mirror():
     assert torch.equal(Augment()(images, seeded_generator(1)), images)
 
 
+def test_pictures_stand_on_their_heads_by_their_probability_and_the_other_draws_stay():
+    images = torch.randint(0, 256, (64, 1, 5, 5), generator=seeded_generator(0), dtype=torch.uint8)
+    plain, turned = (Augment(2, 0.5, vflip)(images, seeded_generator(1)) for vflip in (0.0, 1.0))
+    assert torch.equal(Augment(0, 0, 1.0)(images, seeded_generator(1)), images.flip(2))
+    padded_up = Augment(2, 0.5)(images, seeded_generator(1))
+    assert torch.equal(plain, padded_up) and torch.equal(turned, plain.flip(2))
+    half = Augment(0, 0, 0.5)(images, seeded_generator(1))
+    upside = [torch.equal(a, b.flip(1)) for a, b in zip(half, images)]
+    assert 16 < sum(upside) < 48
+
+
 def test_normalisation_is_per_channel():
     data = numbered_set(20)
     image, label = data[3]

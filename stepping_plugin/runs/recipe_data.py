@@ -15,9 +15,12 @@ _KNOWN_SETS = ("digits", "fashion_mnist", "imagefolder", *TORCH_SETS)
 # Where a key has an effect: sets that come as an array, pictures decoded into memory, pictures on disk.
 _WHERE = {
     "shift": "array decoded",
-    **dict.fromkeys(("workers", "crop_pct", "interpolation", "in_chans"), "decoded disk"),
-    **dict.fromkeys(("scale", "ratio", "color_jitter", "aa", "reprob", "num_classes"), "disk"),
+    **dict.fromkeys(("workers", "crop_pct", "crop_mode", "interpolation", "in_chans"), "decoded disk"),
+    **dict.fromkeys(
+        ("scale", "ratio", "train_crop_mode", "rotation", "color_jitter", "aa", "reprob", "num_classes"), "disk"
+    ),
 }
+_RESIZE = ("crop_pct", "crop_mode", "interpolation")
 _INSTEAD = {"shift": "scale and ratio", "scale": "shift and hflip", "ratio": "shift and hflip"}
 _WITHOUT = {  # sets that do without a key
     "root": ("digits",),
@@ -101,6 +104,8 @@ class DataConfig(Section):
         le=64,
     )
     hflip: float | None = key(None, "probability of a mirror image; null: what suits the set", ge=0, le=1)
+    vflip: float = key(0.0, "probability that a picture stands on its head", ge=0, le=1)
+    rotation: float = key(0.0, "random rotation by up to so many degrees, sets on disk only", ge=0, le=180)
     shift: int | None = key(
         None, "random shift in pixels, black moves in; sets in memory only; null: what suits the set", ge=0, le=IMAGE
     )
@@ -108,12 +113,18 @@ class DataConfig(Section):
     train_split: str = key("train", "timm's name of the training split")
     val_split: str = key("validation", "timm's name of the test split")
     num_classes: int | None = key(None, "where the set does not tell", ge=2, le=CLASSES)
+    train_crop_mode: Literal["rrc", "rkrc", "rkrr"] | None = key(
+        None, "timm's training crop, sets on disk only: rrc random resized (null), rkrc and rkrr keep size and aspect"
+    )
     scale: tuple[float, float] | None = key(None, "area range of timm's random crop, sets on disk only")
     ratio: tuple[float, float] | None = key(None, "aspect range of timm's random crop, sets on disk only")
     color_jitter: float | None = key(None, "of timm, sets on disk only", ge=0, le=10)
     aa: str | None = key(None, "timm's auto-augment, for example rand-m9-mstd0.5-inc1, sets on disk only")
     reprob: float = key(0.0, "probability of random erasing, sets on disk only", ge=0, le=1)
     crop_pct: float | None = key(None, "of the evaluation crop, sets on disk and in_memory only", gt=0, le=1)
+    crop_mode: Literal["center", "squash", "border"] | None = key(
+        None, "of the evaluation resize: center keeps the aspect and cuts, squash shows all, border keeps it and pads"
+    )
     interpolation: _INTERPOLATIONS | None = key(None, "of the evaluation resize, sets on disk and in_memory only")
 
     @field_validator("name")
@@ -163,6 +174,8 @@ class DataConfig(Section):
         if kind not in _WHERE.get(field, kind):
             hint = f"; there, use {_INSTEAD[field]}" if field in _INSTEAD else ""
             raise ValueError(f"has no effect on data.name={name}{' in memory' if kind == 'decoded' else ''}{hint}")
+        if kind == "decoded" and field in _RESIZE and info.data.get("img_size") is None:
+            raise ValueError("has no effect on pictures in memory as they are: give data.img_size")
         channels = info.data.get("in_chans")
         if field in ("aa", "color_jitter") and channels not in (None, 1, 3):
             raise ValueError(f"has no effect on pictures of {channels} channels: remove it")

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from stepping_plugin.errors import SteppingError, explain
 
 __all__ = ["Augment", "EpochLoader", "EpochPlan", "EpochSampler", "ImageSet", "TensorSet", "TransformSet",
-           "Unreadable"]  # fmt: skip
+           "Unreadable",
+           "global_seed"]  # fmt: skip
 
 Batch = tuple[Tensor, Tensor]  # images float32 (B, C, H, W), labels int64 (B,)
 
@@ -131,10 +132,11 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True)
 class Augment:
-    """Random shift by up to `shift` pixels (black moves in) and mirror image with probability `hflip`."""
+    """Random shift by up to `shift` pixels (black moves in), mirror image and upside down, by their probabilities."""
 
     shift: int = 0
     hflip: float = 0.0
+    vflip: float = 0.0
 
     def __call__(self, images: Tensor, generator: torch.Generator, rank: int = 0, world: int = 1) -> Tensor:
         """(B, C, H, W) -> same shape and dtype.
@@ -142,7 +144,7 @@ class Augment:
         The draws are made for all `world` processes and this one takes its own, so that the augmentation of a
         sample does not depend on the number of processes.
         """
-        if self.shift == 0 and self.hflip == 0:
+        if self.shift == 0 and self.hflip == 0 and self.vflip == 0:
             return images
         batch, _, height, width = images.shape
         draws = torch.rand(3, batch * world, generator=generator)[:, rank::world].unsqueeze(-1)  # (3, B, 1)
@@ -150,6 +152,9 @@ class Augment:
         rows = top + torch.arange(height)  # (B, H)
         columns = left + torch.arange(width)  # (B, W)
         columns = torch.where(draws[2] < self.hflip, columns.flip(1), columns)
+        if self.vflip:
+            draw = torch.rand(batch * world, 1, generator=generator)[rank::world]
+            rows = torch.where(draw < self.vflip, rows.flip(1), rows)
         padded = F.pad(images, [self.shift] * 4).movedim(1, -1)  # channels last: one index serves all of them
         sample = torch.arange(batch)[:, None, None]
         return padded[sample, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
@@ -193,7 +198,7 @@ class TensorSet:
 
 
 @contextlib.contextmanager
-def _global_seed(seed: int) -> Iterator[None]:
+def global_seed(seed: int) -> Iterator[None]:
     """Seed the generators that transforms draw from, and put them back: dropout must not notice."""
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     random.seed(seed)
@@ -245,7 +250,7 @@ class _SeededEpoch(Dataset[tuple[Tensor, int] | Unreadable]):
     epoch: int
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
-        with _global_seed(derive_seed("sample", self.seed, self.epoch, index)):
+        with global_seed(derive_seed("sample", self.seed, self.epoch, index)):
             try:
                 return self.samples[index]
             except Unreadable as problem:

@@ -40,6 +40,13 @@ def build_data(
     Raises:
         SteppingError: data missing, damaged or empty; the text says how to get it.
     """
+    bundle = _opened(cfg, model_name if pretrained or not cfg.in_memory else None, say)
+    for text in bundle.warnings:
+        say(f"warning: {text}")
+    return bundle
+
+
+def _opened(cfg: DataConfig, model_name: str | None, say: Callable[[str], None]) -> DataBundle:
     if cfg.val_fraction == 0:
         say("data.val_fraction: 0: the test pictures are for validation too, every other one for thresholds")
     if cfg.name in ("digits", "fashion_mnist"):
@@ -49,7 +56,7 @@ def build_data(
     if cfg.name == "imagefolder" or _are_pictures(cfg):
         files = split_parts(cfg, *image_folders(cfg))
         if cfg.in_memory or cfg.name != "imagefolder":
-            return decoded(cfg, files, model_name if pretrained else None, left_out)
+            return decoded(cfg, files, model_name if cfg.in_memory else None, left_out)
         return on_disk(cfg, model_name, files, left_out)
     train, test = timm_dataset(cfg, cfg.train_split), timm_dataset(cfg, cfg.val_split)
     if hasattr(train, "data") and hasattr(train, "targets"):

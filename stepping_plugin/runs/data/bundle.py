@@ -30,6 +30,7 @@ class DataBundle:
         classes: their names in the order of the class scores; empty where the set has none.
         train_labels: of the training pictures, int64; None: only opening the pictures would tell.
         balanced: batches of training pictures hold every class equally often.
+        warnings: what the recipe may not want, in sentences.
         left_out: pictures that could not be read so far, of all parts.
     """
 
@@ -45,6 +46,7 @@ class DataBundle:
     classes: tuple[str, ...] = ()
     train_labels: Tensor | None = None
     balanced: bool = False
+    warnings: tuple[str, ...] = ()
     left_out: LeftOut = field(default_factory=lambda: LeftOut(lambda text: None))
 
     @property
@@ -53,10 +55,10 @@ class DataBundle:
         return self.in_chans, self.img_size, self.img_size
 
     def notes(self) -> list[str]:
-        """For a report: what is in no figure. In a distributed run every process calls it."""
+        """For a report: warnings, and what is in no figure. In a distributed run every process calls it."""
         for name in gather_object(list(self.left_out.names)):
             self.left_out.names[name] = None
-        return self.left_out.notes()
+        return [*self.warnings, *self.left_out.notes()]
 
     def loader(self, part: str, batch_size: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> EpochLoader:
         """Loader of "train" (shuffled, augmented), "val" or "test" (in order, as they are, none twice)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,9 +17,10 @@ from stepping_plugin.runs.recipe_schema import DataConfig
 from stepping_plugin.training.loader import Unreadable
 
 from .bundle import DataBundle
+from .crops import crop_warnings
 from .memory import Pictures, check_memory, in_memory
 from .sources import LeftOut, Opened, Source
-from .transforms import model_statistics
+from .transforms import data_config
 
 __all__ = ["decoded"]
 
@@ -45,7 +47,8 @@ def decoded(
         SteppingError: pictures of different sizes without `data.img_size`, too many of them, or none is readable.
     """
     train, val, test = (Opened(part, cfg.in_chans or 3) for part in parts)
-    convert = _converter(cfg)
+    cut = data_config(cfg.model_copy(update={"crop_pct": cfg.crop_pct or 1.0}), model_name)
+    convert = _converter(cfg, cut)
     size = _size_of_all(train, convert)
     check_memory(cfg, sum(len(part) for part in parts), size)
     pictures = _decode("training", train, convert, size, cfg, left_out)
@@ -53,20 +56,20 @@ def decoded(
     choosing = measured
     if parts[1] is not parts[2]:
         choosing = _decode("validation", val, convert, size, cfg, left_out)
-    cfg = cfg.model_copy(update={"img_size": None})  # done
-    statistics = model_statistics(model_name, size[0]) if model_name else None
-    classes = parts[0].classes
-    return in_memory(cfg, (pictures, choosing, measured), statistics, classes=classes, left_out=left_out)
+    statistics = (cut["mean"], cut["std"]) if model_name else None
+    warnings = tuple(crop_warnings(cfg, cut, parts[0], random=False)) if cfg.img_size else ()
+    known = {"classes": parts[0].classes, "left_out": left_out, "warnings": warnings}
+    return in_memory(cfg.model_copy(update={"img_size": None}), (pictures, choosing, measured), statistics, **known)
 
 
-def _converter(cfg: DataConfig) -> Convert:
+def _converter(cfg: DataConfig, cut: dict[str, Any]) -> Convert:
     """Picture -> uint8 (C, H, W)."""
     from timm.data import create_transform
 
     if cfg.img_size is None:
         return lambda picture: picture if isinstance(picture, Tensor) else pil_to_tensor(picture)
-    interpolation, crop_pct = cfg.interpolation or "bicubic", cfg.crop_pct or 1.0
-    return create_transform(cfg.img_size, interpolation=interpolation, crop_pct=crop_pct, normalize=False)
+    keys = ("interpolation", "crop_pct", "crop_mode", "mean")
+    return create_transform(cut["input_size"], normalize=False, **{key: cut[key] for key in keys})
 
 
 def _size_of_all(train: Opened, convert: Convert) -> Size:

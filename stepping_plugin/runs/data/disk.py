@@ -12,6 +12,7 @@ from stepping_plugin.runs.recipe_schema import TORCH_SETS, DataConfig
 from stepping_plugin.training.loader import TransformSet
 
 from .bundle import DataBundle
+from .crops import crop_warnings
 from .sources import LeftOut, Opened, Source, TimmSet
 from .transforms import data_config, transforms
 
@@ -67,6 +68,7 @@ def on_disk(
         raise SteppingError(explain(reason, where="data.balance", action="Take a set with labels, or remove the key."))
     config = data_config(cfg, model_name)
     augmented, plain = transforms(cfg, config)
+    warnings = tuple(crop_warnings(cfg, config, parts[0], random=True))
     channels, _, img_size = config["input_size"]
 
     def images(part: Source, transform: Any) -> TransformSet:
@@ -88,6 +90,7 @@ def on_disk(
         train_labels=train.labels,
         balanced=cfg.balance == "sampler",
         left_out=left_out,
+        warnings=warnings,
     )
 
 

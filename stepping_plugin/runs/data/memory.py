@@ -70,7 +70,7 @@ def in_memory(
     test_set = TensorSet(test.images, test.labels, mean, std)
     return DataBundle(
         name=cfg.name,
-        train=TensorSet(train.images, train.labels, mean, std, Augment(shift, hflip)),
+        train=TensorSet(train.images, train.labels, mean, std, Augment(shift, hflip, cfg.vflip)),
         val=test_set if val is test else TensorSet(val.images, val.labels, mean, std),
         test=test_set,
         num_classes=max(len(known.get("classes", ())), *(int(part.labels.max()) + 1 for part in parts)),

@@ -17,7 +17,7 @@ from .channels import as_channels, open_file
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Files", "LeftOut", "Opened", "Source", "TimmSet"]
+__all__ = ["UNREADABLE", "Files", "LeftOut", "Opened", "Source", "TimmSet"]
 
 # What Pillow raises for files that are no pictures, or damaged ones.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error, Image.DecompressionBombError)
