@@ -8,10 +8,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from stepping_plugin.errors import nearest
 
-__all__ = ["BATCH", "EPOCHS", "LR", "SEED", "SUBNETS", "TORCH_SETS", "UPDATES", "DataConfig", "Section", "key"]
+__all__ = [
+    "BATCH",
+    "EPOCHS",
+    "FOLDERS",
+    "LR",
+    "SEED",
+    "SUBNETS",
+    "TORCH_SETS",
+    "UPDATES",
+    "DataConfig",
+    "Section",
+    "key",
+]
 
 TORCH_SETS = ("cifar10", "cifar100", "kmnist", "mnist", "qmnist")  # of torchvision, one array in memory
-_KNOWN_SETS = ("digits", "fashion_mnist", "imagefolder", *TORCH_SETS)
+FOLDERS = ("imagefolder", "csv", "hfds")  # opened by this package: data.root and what is in it
+_KNOWN_SETS = ("digits", "fashion_mnist", *FOLDERS, *TORCH_SETS)
 # Where a key has an effect: sets that come as an array, pictures decoded into memory, pictures on disk.
 _WHERE = {
     "shift": "array decoded",
@@ -25,10 +38,11 @@ _INSTEAD = {"shift": "scale and ratio", "scale": "shift and hflip", "ratio": "sh
 _WITHOUT = {  # sets that do without a key
     "root": ("digits",),
     "test_fraction": ("digits", "fashion_mnist", *TORCH_SETS),
-    "download": ("digits", "fashion_mnist", "imagefolder"),
-    "train_split": ("digits", "fashion_mnist", "imagefolder"),
-    "val_split": ("digits", "fashion_mnist", "imagefolder"),
+    "download": ("digits", "fashion_mnist", *FOLDERS),
+    "train_split": ("digits", "fashion_mnist", *FOLDERS),
+    "val_split": ("digits", "fashion_mnist", *FOLDERS),
 }
+_ONLY = {"labels": ("csv",), "input_key": ("csv", "hfds"), "target_key": ("csv", "hfds")}
 _PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # of timm.data.create_dataset
 _INTERPOLATIONS = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]
 
@@ -65,10 +79,21 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which pictures, how they are split and augmented."""
 
-    name: str = key(..., "digits, fashion_mnist, cifar10, cifar100, mnist, imagefolder, or a name that timm opens")
+    name: str = key(
+        ...,
+        "digits, fashion_mnist, cifar10, cifar100, mnist; folders: imagefolder (train/CLASS/*.jpg ...), csv (a table "
+        "of labels), hfds (of Hugging Face's datasets); or a name that timm opens",
+    )
     root: str | None = key(None, "folder of the data, relative to the current folder")
+    labels: str | None = key(
+        None,
+        "of csv: table with the header file,label and maybe split (train, val, test); null: labels.csv, or train.csv "
+        "and test.csv, in data.root",
+    )
+    input_key: str | None = key(None, "column of the pictures; null: file (csv), the only one of pictures (hfds)")
+    target_key: str | None = key(None, "column of the classes; null: label (csv), the only one of classes (hfds)")
     in_memory: bool = key(
-        False, "imagefolder: decode all pictures once and keep them as bytes; fast where they are small"
+        False, "of folders: decode all pictures once and keep them as bytes; fast where they are small"
     )
     download: bool = key(False, "let torchvision or the hub fetch the data")
     val_fraction: float | None = key(
@@ -140,7 +165,7 @@ class DataConfig(Section):
     @classmethod
     def _of_folders(cls, in_memory: bool, info: ValidationInfo) -> bool:
         name = info.data.get("name")
-        if in_memory and name not in (None, "imagefolder"):
+        if in_memory and name not in (None, *FOLDERS):
             is_so = f"data.name={name} lies in memory anyway" if _comes_as_array(name) else f"data.name={name}"
             raise ValueError(f"has no effect on {is_so}: remove it")
         return in_memory
@@ -161,14 +186,14 @@ class DataConfig(Section):
             raise ValueError(f"{len(std)} numbers, but data.mean has {len(mean)}; one per channel each")
         return std
 
-    @field_validator(*_WHERE, *_WITHOUT)
+    @field_validator(*_WHERE, *_WITHOUT, *_ONLY)
     @classmethod
     def _has_an_effect(cls, value: Any, info: ValidationInfo) -> Any:
         """A key that this kind of set would ignore is a mistake."""
         name, field = info.data.get("name"), str(info.field_name)
         if name is None or value == cls.model_fields[field].default:
             return value
-        if name in _WITHOUT.get(field, ()):
+        if name in _WITHOUT.get(field, ()) or name not in _ONLY.get(field, (name,)):
             raise ValueError(f"has no effect on data.name={name}: remove it")
         kind = "array" if _comes_as_array(name) else "decoded" if info.data.get("in_memory") else "disk"
         if kind not in _WHERE.get(field, kind):

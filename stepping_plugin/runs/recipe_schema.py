@@ -18,6 +18,7 @@ from stepping_plugin.errors import nearest
 from stepping_plugin.runs.recipe_data import (
     BATCH,
     EPOCHS,
+    FOLDERS,
     LR,
     SEED,
     SUBNETS,
@@ -29,7 +30,17 @@ from stepping_plugin.runs.recipe_data import (
 )
 from stepping_plugin.units.levels import BUDGET_TEXT, SUFFIX
 
-__all__ = ["TORCH_SETS", "Construction", "DataConfig", "ModelConfig", "Recipe", "Retrain", "Section", "Train"]
+__all__ = [
+    "FOLDERS",
+    "TORCH_SETS",
+    "Construction",
+    "DataConfig",
+    "ModelConfig",
+    "Recipe",
+    "Retrain",
+    "Section",
+    "Train",
+]
 
 _SCHEDULES = Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"]
 

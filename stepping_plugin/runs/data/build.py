@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from stepping_plugin.runs.recipe_schema import DataConfig
+from stepping_plugin.runs.recipe_schema import FOLDERS, DataConfig
 
 from .arrays import digits, fashion_mnist, torchvision_arrays
 from .bundle import DataBundle
 from .decoding import decoded
 from .disk import on_disk, timm_dataset, timm_source
 from .folders import image_folders, is_image_folder, root_of
+from .hub import dataset_folder
 from .memory import in_memory
 from .sources import LeftOut
 from .splits import split_parts
+from .tables import labelled_files
 
 __all__ = ["build_data"]
 
+_FOLDERS: dict[str, Callable[[DataConfig], tuple[Any, Any, Any]]] = {
+    "imagefolder": image_folders,
+    "csv": labelled_files,
+    "hfds": dataset_folder,
+}
 # Where torchvision keeps its sets below the root.
 _OWN_FOLDER = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "kmnist": "KMNIST", "mnist": "MNIST",
                "qmnist": "QMNIST"}  # fmt: skip
@@ -53,16 +61,16 @@ def _opened(cfg: DataConfig, model_name: str | None, say: Callable[[str], None])
         arrays = digits(cfg) if cfg.name == "digits" else fashion_mnist(cfg)
         return in_memory(cfg, split_parts(cfg, arrays[0], None, arrays[1]))
     left_out = LeftOut(say)
-    if cfg.name == "imagefolder" or _are_pictures(cfg):
-        files = split_parts(cfg, *image_folders(cfg))
-        if cfg.in_memory or cfg.name != "imagefolder":
-            return decoded(cfg, files, model_name if cfg.in_memory else None, left_out)
-        return on_disk(cfg, model_name, files, left_out)
+    if cfg.name in FOLDERS or _are_pictures(cfg):
+        parts = split_parts(cfg, *_FOLDERS.get(cfg.name, image_folders)(cfg))
+        if cfg.in_memory or cfg.name not in FOLDERS:
+            return decoded(cfg, parts, model_name if cfg.in_memory else None, left_out)
+        return on_disk(cfg, model_name, parts, left_out)
     train, test = timm_dataset(cfg, cfg.train_split), timm_dataset(cfg, cfg.val_split)
     if hasattr(train, "data") and hasattr(train, "targets"):
         return in_memory(cfg, split_parts(cfg, torchvision_arrays(train), None, torchvision_arrays(test)))
-    parts = split_parts(cfg, timm_source(cfg, train), None, timm_source(cfg, test))
-    return on_disk(cfg, model_name, parts, left_out)
+    sets = split_parts(cfg, timm_source(cfg, train), None, timm_source(cfg, test))
+    return on_disk(cfg, model_name, sets, left_out)
 
 
 def _are_pictures(cfg: DataConfig) -> bool:

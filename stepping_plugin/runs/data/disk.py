@@ -42,7 +42,8 @@ def timm_dataset(cfg: DataConfig, split: str) -> Any:
 
 def timm_source(cfg: DataConfig, dataset: Any) -> TimmSet:
     """A set that timm opened, with what it tells about labels and classes."""
-    targets = getattr(dataset, "targets", None)
+    listed = getattr(getattr(dataset, "reader", None), "iter_targets", None)
+    targets = getattr(dataset, "targets", None) if listed is None else list(listed())
     labels = None if targets is None else torch.as_tensor(np.asarray(targets), dtype=torch.int64)
     numbers = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
     classes = sorted(numbers, key=numbers.__getitem__)

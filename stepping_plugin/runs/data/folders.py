@@ -30,8 +30,7 @@ def is_image_folder(root: Path) -> bool:
 def image_folders(cfg: DataConfig) -> tuple[Files, Files | None, Files | None]:
     """Training, validation and test pictures; None: no such folder.
 
-    Classes are numbered by the subfolders of train/. Where only one of val/ and test/ is there, it is for testing: the
-    figures of a report are not those of the pictures that chose. Without train/, the subfolders are the classes.
+    Classes are numbered by the subfolders of train/. Without train/, the subfolders are the classes.
 
     Raises:
         SteppingError: a folder is missing or empty, or has classes that train/ lacks.
@@ -49,7 +48,7 @@ def image_folders(cfg: DataConfig) -> tuple[Files, Files | None, Files | None]:
         return _listed(root, None), None, None
     train = _listed(root / "train", None)
     val, test = (_listed(folder, train) if folder else None for folder in (found["val"], found["test"]))
-    return (train, val, test) if test is not None else (train, None, val)
+    return train, val, test
 
 
 def _has_folders(folder: Path) -> bool:

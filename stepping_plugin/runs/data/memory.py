@@ -19,8 +19,8 @@ from .bundle import DataBundle, check_channels
 __all__ = ["Pictures", "check_memory", "in_memory"]
 
 # Shift in pixels, probability of a mirror image.
-_DEFAULTS = {"digits": (1, 0.0), "fashion_mnist": (2, 0.5), "cifar10": (4, 0.5), "cifar100": (4, 0.5),
-             "imagefolder": (2, 0.5)}  # fmt: skip
+_DEFAULTS = {"digits": (1, 0.0), "fashion_mnist": (2, 0.5), "cifar10": (4, 0.5), "cifar100": (4, 0.5)}
+_OF_FOLDERS = (2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def in_memory(
     Raises:
         SteppingError: keys that do not fit the pictures.
     """
-    shift, hflip = _DEFAULTS.get(cfg.name.removeprefix("torch/"), (2, 0.0))
+    shift, hflip = _DEFAULTS.get(cfg.name.removeprefix("torch/"), _OF_FOLDERS if cfg.in_memory else (2, 0.0))
     shift = shift if cfg.shift is None else cfg.shift
     hflip = hflip if cfg.hflip is None else cfg.hflip
     train, val, test = _resized(parts, cfg)

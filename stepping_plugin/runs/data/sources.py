@@ -102,8 +102,13 @@ class TimmSet:
         return f"picture {place} of {self.where}" if filename is None else filename(place)
 
     def open(self, index: int) -> tuple[Any, int]:
-        picture, label, *_ = self.dataset[index if self.indices is None else int(self.indices[index])]
-        return picture, int(label)
+        place = index if self.indices is None else int(self.indices[index])
+        reader = getattr(self.dataset, "reader", None)
+        if reader is None:
+            picture, label, *_ = self.dataset[place]
+            return picture, int(label)
+        file, label, *_ = reader[place]  # timm's own access gives the next picture for one that cannot be read
+        return Image.open(file), int(label)
 
 
 @dataclass(frozen=True)

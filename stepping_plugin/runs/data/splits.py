@@ -37,12 +37,15 @@ PartT = TypeVar("PartT", bound=Splittable)
 def split_parts(cfg: DataConfig, train: PartT, val: PartT | None, test: PartT | None) -> tuple[PartT, PartT, PartT]:
     """Training, validation and test part, what is missing being held out of the training part.
 
-    Held out is a share of every class, or of all where labels are unknown. With `data.val_fraction: 0` the validation
-    part is the test part.
+    Where only one of validation and test part is there, it is for testing: what is reported is not measured on the
+    pictures that chose. Held out is a share of every class, or of all where labels are unknown. With
+    `data.val_fraction: 0` the validation part is the test part.
 
     Raises:
         SteppingError: a share for a part that is there, or nothing is left to train on.
     """
+    if test is None:
+        val, test = None, val
     for key, share, part in (("val_fraction", cfg.val_fraction, val), ("test_fraction", cfg.test_fraction, test)):
         if share is not None and part is not None:
             name = key.partition("_")[0]
