@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 
 from .arguments import CLASSES, IMAGE, number, whole
@@ -32,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 for what fails, told in one line; 2 for arguments that cannot be (argparse exits); 130 after Ctrl-C; 141 when
     the reader of the output has gone, without a word. Anything else that is raised is a mistake in the package.
     """
-    warnings.filterwarnings("ignore", message=".*torch.jit.*is deprecated", category=Warning)  # of libraries
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # an old terminal is no reason to fail
     arguments = _parsed(sys.argv[1:] if argv is None else argv)

@@ -18,6 +18,7 @@ from stepping_plugin.integrations.fvcore import count_macs
 from stepping_plugin.integrations.torch_pruning.to_budget import PRUNERS, loss_gradients, prune_to_budget
 from stepping_plugin.studies.compare import timing
 from stepping_plugin.studies.compare.dense import dense_net, dense_units
+from stepping_plugin.studies.compare.methods import shared_sizes
 from stepping_plugin.studies.compare.page import page_text
 from stepping_plugin.studies.compare.results import Result, differing, read, read_all, result_path
 from stepping_plugin.studies.compare.runner import Comparison, compare, flat
@@ -47,6 +48,19 @@ def case(name):
 
 def example(size):
     return torch.zeros(1, *size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("total", [4_600_975, 2_298_001, 41_556_992])
+@pytest.mark.parametrize("shares", [(0.3, 0.6), (0.1, 0.3, 0.5, 0.85), (1 / 3, 2 / 3, 1.0)])
+def test_budgets_that_differ_by_rounding_share_a_net(total, shares):
+    budgets = [int(share * total) for share in shares]
+    increments = [b - a for a, b in itertools.pairwise([0, *budgets])]
+    sizes = shared_sizes([*budgets, *increments])
+    assert all(0 <= wanted - size <= 2 for wanted, size in sizes.items())
+    exact = {round(value, 9) for value in (*shares, *(b - a for a, b in itertools.pairwise([0, *shares])))}
+    assert len(set(sizes.values())) == len(exact), "as many nets as there are different shares"
+    assert shared_sizes([1_380_292, 2_760_585, 1_380_292, 1_380_293]) == {
+        1_380_292: 1_380_292, 1_380_293: 1_380_292, 2_760_585: 2_760_585}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- dense nets

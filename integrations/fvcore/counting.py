@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,13 +24,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fvcore.nn.flop_count import _DEFAULT_SUPPORTED_OPS as FVCORE_HANDLES
-from fvcore.nn.jit_analysis import JitModelAnalysis
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stepping_plugin.errors import CaptureError, SteppingError, explain
 from stepping_plugin.integrations.fvcore.einsum import einsum_macs
+
+with warnings.catch_warnings():  # fvcore.nn compiles its losses by torch.jit.script, which torch calls deprecated
+    warnings.simplefilter("ignore", FutureWarning)
+    from fvcore.nn.flop_count import _DEFAULT_SUPPORTED_OPS as FVCORE_HANDLES
+    from fvcore.nn.jit_analysis import JitModelAnalysis
 
 __all__ = ["Handle", "MacCount", "count_macs"]
 

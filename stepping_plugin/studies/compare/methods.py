@@ -38,9 +38,10 @@ from .slimmable import Slimmable
 from .studies import Variant
 from .timing import latency, step_ratio, update_seconds, work_ratios
 
-__all__ = ["RUNNERS", "Job", "Outcome"]
+__all__ = ["RUNNERS", "Job", "Outcome", "shared_sizes"]
 
 GRADIENT_BATCHES = 8  # for importances that read gradients
+ROUNDING = 2  # MACs by which shares of a network, and differences of two of them, are off
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Job:
         self.reference = self.macs_model.total
         self.budgets = parse_budgets(self.recipe.budgets, self.reference)
         self.increments = [b - a for a, b in itertools.pairwise([0, *self.budgets])]
+        self.net_sizes = shared_sizes([*self.budgets, *self.increments])
         self.teacher = copy.deepcopy(run.teacher(original))  # training moves it to its device
         construction, retrain = self.recipe.construction, self.recipe.retrain
         self.per_epoch = len(run.loader("train", retrain.batch_size, "retrain"))
@@ -148,6 +150,19 @@ class Job:
                 best = max(best, (size, score))
             answers.append(Answer(budget=budget, macs=best[0], executed=executed, accuracy=best[1]))
         return answers
+
+
+def shared_sizes(wanted: Sequence[int]) -> dict[int, int]:
+    """MACs that nets without reuse are made for, by the MACs that are wanted.
+
+    Budgets of 30 and 60 % and the increment between them may differ by one MAC of rounding: one net serves them all, of
+    the smallest of these sizes, so that no budget is exceeded.
+    """
+    sizes: dict[int, int] = {}
+    for size in sorted(wanted):
+        last = next(reversed(sizes.values()), None)
+        sizes[size] = last if last is not None and size - last <= ROUNDING else size
+    return sizes
 
 
 # --- Nets that step -----------------------------------------------------------------------------------------
@@ -239,6 +254,7 @@ def _slimmable_family(
 ) -> tuple[Slimmable, list[Any], list[Any]]:
     """The trained net, and per size the MACs and the accuracy of its width (None where there is none)."""
     widths: dict[int, torch.Tensor] = {}
+    sizes = [job.net_sizes[size] for size in sizes]
     for size in sorted(set(sizes)):
         try:
             widths[size] = dense_units(job.analysis, job.macs_model, size)
@@ -302,11 +318,12 @@ def scratch(job: Job) -> Outcome:
 def _separate(job: Job, make: Callable[[int], nn.Module], epochs: int, before: list[Phase]) -> Outcome:
     nets: dict[int, nn.Module] = {}
     notes: list[str] = []
-    for size in sorted({*job.budgets, *job.increments}):
+    budgets, increments = ([job.net_sizes[size] for size in sizes] for sizes in (job.budgets, job.increments))
+    for size in sorted({*budgets, *increments}):
         try:
             nets[size] = make(size)
         except BudgetError as error:
-            if size in job.budgets:
+            if size in budgets:
                 raise
             notes.append(str(error))
     macs = {size: count_macs(net, (job.example,)).total for size, net in nets.items()}
@@ -315,16 +332,19 @@ def _separate(job: Job, make: Callable[[int], nn.Module], epochs: int, before: l
     for size, net in nets.items():
         job.tune(net, f"net-{size}", epochs)
         scores[size] = job.score(net)[0]
-    answers = [Answer(budget=size, macs=macs[size], executed=macs[size], accuracy=scores[size]) for size in job.budgets]
-    steps = job.step_answers([macs.get(s) for s in job.increments], [scores.get(s) for s in job.increments])
-    views = {"alone": sorted(set(job.budgets)), "executed": sorted(set(job.increments) & set(nets))}
+    answers = [
+        Answer(budget=budget, macs=macs[size], executed=macs[size], accuracy=scores[size])
+        for budget, size in zip(job.budgets, budgets)
+    ]
+    steps = job.step_answers([macs.get(size) for size in increments], [scores.get(size) for size in increments])
+    views = {"alone": sorted(set(budgets)), "executed": sorted(set(increments) & set(nets))}
     phases = {
         view: [*before, Phase(name="training", networks=len(sizes), updates=epochs * job.per_epoch,
                               step=round(sum(ratios[s] for s in sizes) / len(sizes), 3))]
         for view, sizes in views.items()
     }  # fmt: skip
     stored = {view: sum(_numbers(nets[s]) for s in sizes) for view, sizes in views.items()}
-    timing = latency(job.original, [nets[size] for size in job.budgets], job.size)
+    timing = latency(job.original, [nets[size] for size in budgets], job.size)
     return Outcome(False, answers, steps, stored, phases, timing, notes)
 
 
