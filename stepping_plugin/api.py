@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .console.progress import manner
 from .construction.config import ConstructionConfig
 from .construction.flow import Construction
 from .construction.start import convert, one_shot
@@ -33,6 +34,7 @@ def apply_steppingnet(
     config: ConstructionConfig | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> SteppingNet:
     """Turn a trained classifier into N nested subnets, one per budget.
 
@@ -53,6 +55,8 @@ def apply_steppingnet(
             without changing its function, so that the largest subnets can use up their budgets).
         device: where to put the net; by default where the model is.
         seed: of everything random.
+        progress: show how far it is, on standard error, once that takes seconds; None: yes, unless switched off around
+            it; False: no.
 
     Returns:
         The net, in the model's train/eval mode. Constructed on data, it has no spare units, and is best retrained:
@@ -65,17 +69,18 @@ def apply_steppingnet(
     """
     settings, seed = _settings(config), checked_seed(seed)
     place = None if device is None else usable_device(device)
-    with on_cpu_by_default():
-        example = images_at_hand(train_loader, calibration) if example_inputs is None else example_inputs
-        net = convert(model, budgets, settings, example, seed=seed)
-        if train_loader is None or policy != "steppingnet":
-            net.take(one_shot(net, policy, seed=seed))
-    if train_loader is not None and policy == "steppingnet":
-        where = str(place or next(net.parameters()).device)
-        net = Construction(net, train_loader, settings, seed=seed, device=where).run()
-    net = net.train(model.training) if place is None else net.train(model.training).to(place)
-    if calibration is not None:
-        net.notes += net.reconstruct(unwrap(model), calibration, seed=seed).notes
+    with manner(progress):
+        with on_cpu_by_default():
+            example = images_at_hand(train_loader, calibration) if example_inputs is None else example_inputs
+            net = convert(model, budgets, settings, example, seed=seed)
+            if train_loader is None or policy != "steppingnet":
+                net.take(one_shot(net, policy, seed=seed))
+        if train_loader is not None and policy == "steppingnet":
+            where = str(place or next(net.parameters()).device)
+            net = Construction(net, train_loader, settings, seed=seed, device=where).run()
+        net = net.train(model.training) if place is None else net.train(model.training).to(place)
+        if calibration is not None:
+            net.notes += net.reconstruct(unwrap(model), calibration, seed=seed).notes
     return net
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from .arguments import CLASSES, IMAGE, number, whole
+from .console.progress import manner
 from .errors import SteppingError
 from .runs.commands import add_export, add_run
 from .runs.zoo import add_zoo
@@ -23,6 +24,7 @@ __all__ = ["main"]
 
 _OVERRIDE = re.compile(r"[A-Za-z][\w.]*=.*", re.DOTALL)  # key.sub=value
 FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # the last as if SIGPIPE had ended the process
+DELAY = 2.0  # seconds of a stage before it is shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # an old terminal is no reason to fail
     arguments = _parsed(sys.argv[1:] if argv is None else argv)
     try:
-        status = arguments.command(arguments)
+        with manner(not arguments.quiet, lines=not getattr(arguments, "json", False), delay=DELAY):
+            status = arguments.command(arguments)
         sys.stdout.flush()
         return status
     except SteppingError as error:
@@ -102,8 +105,21 @@ def _values_of_options(parser: argparse.ArgumentParser, words: Sequence[str]) ->
 
 
 def _command(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
-    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return commands.choices[name]
+    return _commands(parser)[name]
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Commands of a parser by name, those of a group (`bench`) among them; none of a single command."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return groups[0].choices if groups else {}
+
+
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
+    """To every command: an option of all of them stands where people write it, behind the command's name."""
+    for command in _commands(parser).values():
+        _add_quiet(command)
+        if not _commands(command):
+            command.add_argument("--quiet", action="store_true", help="show no progress on standard error")
 
 
 # Options of commands that register plain numbers.
@@ -117,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_inspect, add_run, add_bench, add_export, add_compare, add_coverage, add_zoo):
         add(commands)
+    _add_quiet(parser)
     for name, ranges in _RANGES.items():
         for action in _command(parser, name)._actions:
             action.type = ranges.get(action.dest, action.type)

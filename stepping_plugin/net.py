@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .console.progress import stage
 from .engine import Engine, compile_engine
 from .files.headers import Contribution
 from .graph.device import on_cpu_by_default
@@ -94,5 +95,5 @@ def load(
         CheckpointError: the file is missing, damaged, foreign, of another version, or of another model; or the model
             computes something else than the net that was saved. The first operator that differs is named.
     """
-    with on_cpu_by_default():
+    with on_cpu_by_default(), stage(f"loading {os.fspath(path)}"):
         return read_net(path, SteppingNet, model, device)

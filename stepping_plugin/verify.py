@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .console.progress import track
 from .engine import compile_engine
 from .errors import NestingError
 from .graph.modes import ordinary_mode
@@ -120,7 +121,7 @@ def _random_parts(net: NestedNet, x: Tensor, scores: Tensor, scale: float, seed:
 
 def _check_nesting(net: NestedNet, x: Tensor, scores: Tensor, scale: float, seed: int, report: VerifyReport) -> None:
     first = first_readers(net.analysis, net.levels)
-    for i in range(1, net.num_subnets):
+    for i in track(range(1, net.num_subnets), "verification of the nesting"):
         noisy = _Noisy(net, first, i, seed)
         change = (_drawing(seed, noisy.scores, x) - scores).abs().flatten(1).amax(1) / scale
         leak = float(change[:i].max())
@@ -132,7 +133,7 @@ def _check_nesting(net: NestedNet, x: Tensor, scores: Tensor, scale: float, seed
 
 def _extract_errors(net: NestedNet, x: Tensor, scores: Tensor, scale: float) -> list[float]:
     errors = []
-    for i in range(1, net.num_subnets + 1):
+    for i in track(range(1, net.num_subnets + 1), "verification of the extracted subnets"):
         errors.append(float((net.extract(i)(x) - scores[i - 1]).abs().max()) / scale)
         if not errors[-1] <= TOLERANCE:
             raise NestingError(

@@ -38,6 +38,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
+from ..console.progress import Stage, stage, track
 from ..errors import BudgetError, CheckpointError, explain
 from ..net import SteppingNet
 from ..training.checkpoint import ADVICE, differences
@@ -108,6 +109,7 @@ class Construction:
         self.gradients = torch.zeros(net.num_subnets, net.analysis.num_units, dtype=torch.float64)
         self.pruning = UnstructuredPruning(net, self.config.threshold)
         self.records: list[dict[str, Any]] = []
+        self.shown = Stage("construction", None, 0)  # by whom it is iterated
 
     @property
     def done(self) -> bool:
@@ -124,8 +126,11 @@ class Construction:
         return self.net.eval().compact()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        while not self.done:
-            yield self.step()
+        rounds, each = self.config.iterations, max(self.config.batches, self._evaluated)
+        with stage("construction", rounds * each, done=self.batches) as self.shown:
+            while not self.done:
+                self.shown.text = f"iteration {self.iteration + 1}/{rounds}"
+                yield self.step()
 
     # --- One iteration
 
@@ -136,7 +141,7 @@ class Construction:
             iteration (from 1), losses (means over the batches) and macs of subnets 1..N, moved (number of
             units), pruned (share of the weights).
         """
-        losses = self._train(evaluated=self.config.importance_batches if self.evaluator else 0)
+        losses = self._train(self._evaluated)
         self._read_importance()
         self.iteration += 1
         before = levels = self.net.levels
@@ -148,6 +153,11 @@ class Construction:
         record.update(moved=int((levels != before).sum()), pruned=self.pruning.fraction)
         self.records.append(record)
         return record
+
+    @property
+    def _evaluated(self) -> int:
+        """Batches per iteration on which Eq. 2 is evaluated."""
+        return self.config.importance_batches if self.evaluator else 0
 
     def _train(self, evaluated: int) -> list[float]:
         """Train for m batches and evaluate Eq. 2 on the last so many of them; returns the mean losses."""
@@ -166,6 +176,7 @@ class Construction:
                     group = []
             if self.evaluator and number > count - evaluated:
                 self._evaluate(self.evaluator, *batch)
+            self.shown.advance()
         self.trainer.share_buffers()
         losses = reduce(losses, "mean") / max(1, config.batches)
         if not bool(losses.isfinite().all()):
@@ -254,7 +265,7 @@ class Construction:
         scores, locked = self.ranking(1), self._locked(net.levels)
         planner = Planner(analysis, net.macs_model, net.levels, n, scores, locked, self.band)
         notes: list[str] = []
-        for i, budget in enumerate(net.budgets, start=1):
+        for i, budget in enumerate(track(net.budgets, "landing on the budgets"), start=1):
             planner.narrow(i)
             planner.widen(i)
             notes += settle(planner, i, budget)
@@ -268,7 +279,8 @@ class Construction:
         self._assign(result.levels)
         net.notes += result.notes
         if self.config.rebirth and self.config.flow != "paper":
-            self._revive()
+            with stage("rebirth of dead units"):
+                self._revive()
         self._cool_down()
         return result
 
@@ -290,10 +302,11 @@ class Construction:
     def _cool_down(self) -> None:
         """Train without moves at a falling learning rate: synapses of the units moved last are new."""
         rounds = self.config.cooldown_iterations
-        for left in range(rounds, 0, -1):
-            for group in self.trainer.optimizer.param_groups:
-                group["lr"] = self.config.lr * left / (rounds + 1)
-            self._train(evaluated=0)
+        with stage("cool-down of the construction", rounds * self.config.batches) as self.shown:
+            for left in range(rounds, 0, -1):
+                for group in self.trainer.optimizer.param_groups:
+                    group["lr"] = self.config.lr * left / (rounds + 1)
+                self._train(evaluated=0)
 
     def _assign(self, levels: Tensor) -> None:
         """Move units, check that all processes move the same ones, revive and prune."""
@@ -342,7 +355,7 @@ class Construction:
         if len(state["levels"]) != len(self.net.levels):
             raise CheckpointError("the state belongs to another network: it has other units.")
         done, config = state["iteration"], self.config
-        batches = max(config.batches, config.importance_batches if self.evaluator else 0)
+        batches = max(config.batches, self._evaluated)
         if not isinstance(done, int) or not 0 <= done <= config.iterations or len(state["records"]) != done:
             raise ValueError(f"iteration {done!r} with {len(state['records'])} records")
         if state["batches"] != done * batches:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..console.progress import track
 from ..errors import SteppingError, explain, nearest
 from .emit import IMAGE, StepProgram
 from .plan import BatchAxis
@@ -70,7 +71,9 @@ def export_engine(
     assert exported is not None
     write = _write_torch if format == "torch" else _write_onnx
     steps = []
-    for program, captured, given in zip(programs, exported, examples, strict=True):
+    for program, captured, given in track(
+        list(zip(programs, exported, examples, strict=True)), f"writing {format} files"
+    ):
         name = f"step{program.level}.{SUFFIXES[format]}"
         _atomically(folder / name, lambda path, c=captured, p=program: write(c, p, path))  # type: ignore[misc]
         describe = _Describer(engine.cache_axes, given, batch_size)
@@ -148,7 +151,7 @@ def _exported(
     images = torch.randn(batch_size, *engine.image_size, generator=generator).to(engine.device, engine.dtype)
     caches, exported, examples = {IMAGE: images}, [], []
     batch = torch.export.Dim("batch", min=1) if dynamic else None
-    for program in programs:
+    for program in track(programs, "torch.export of the steps"):
         given = tuple(caches[name] for name in program.inputs)
         shapes = tuple(_open_axes(c, engine.cache_axes[n], batch, batch_size) for n, c in zip(program.inputs, given))
         try:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..console.progress import track
 from ..errors import SteppingError, explain
 from ..nested.net import NestedNet
 from .classifier import fit_classifier
@@ -101,7 +102,8 @@ def reconstruct(
     allowed = _pictures_allowed(twins, batches[0][:2].clone(), limit)
     pairs = [twins.start(batch) for batch in batches]
     sizes = torch.tensor([len(batch) for batch in batches]).cumsum(0)
-    for number, (fit, pictures) in enumerate(zip(twins.fits, allowed), start=1):
+    fits_with_room = track(list(zip(twins.fits, allowed)), "reconstruction by least squares")
+    for number, (fit, pictures) in enumerate(fits_with_room, start=1):
         begun = time.perf_counter()
         active = pairs[: max(1, int((sizes <= pictures).sum()))]
         if isinstance(fit, LayerFit):

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..console.progress import track
 from ..engine.engine import Engine
 from ..engine.exit import wide
 from ..errors import SteppingError, explain
@@ -53,7 +54,7 @@ def answers_of(engine: Engine, loader: Iterable[tuple[Tensor, Tensor]]) -> Answe
         SteppingError: no batch.
     """
     confidence, correct = [], []
-    for images, labels in loader:
+    for images, labels in track(loader, "early exit"):
         scores = torch.stack(list(engine.steps(images.to(engine.device, engine.dtype)))).cpu()
         confidence.append(wide(scores).softmax(-1).amax(-1))
         correct.append(scores.argmax(-1) == labels.cpu())

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from stepping_plugin.console.progress import track
 from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.training.batches import check_target, checked_batch
 from stepping_plugin.training.losses import cross_entropy
@@ -55,7 +56,7 @@ def evaluate(net: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[st
     sums: Tensor | None = None
     net.eval()
     try:
-        for batch in loader:
+        for batch in track(loader, "evaluation"):
             images, labels = checked_batch(batch)
             found = scores(images.to(first.device, first.dtype, non_blocking=True))
             labels = labels.to(first.device, non_blocking=True)

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -27,6 +26,7 @@ import torch
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
+from stepping_plugin.console.progress import Stage, manner, stage
 from stepping_plugin.errors import CheckpointError, SteppingError, explain
 from stepping_plugin.nested.net import NestedNet
 from stepping_plugin.training.checkpoint import (
@@ -108,7 +108,7 @@ def fit(
         checkpoint_dir: folder of `last.safetensors` and `log.jsonl`; None: nothing is written.
         resume: continue from the checkpoint in that folder if there is one; False: start anew.
         log: called with the record of every epoch (main process only).
-        progress: show a bar; None: if standard error is a terminal.
+        progress: show how far it is, see `console.progress`; None: as around it.
 
     Returns:
         The history, epochs before an interruption included.
@@ -152,10 +152,9 @@ def fit(
     run = _Run(trainer, train_loader, val_loader, folder, _plain(settings), log)
     seed_generators(config.seed, trainer.processes.process_index)
     run.begin(resume)
-    shown = run.main and (sys.stderr.isatty() if progress is None else progress)
     total = trainer.epochs * updates_per_epoch
     try:
-        with _bar(shown, total, trainer.updates) as run.show, _ctrl_c() as run.stop:
+        with manner(progress), stage("training", total, done=trainer.updates) as run.shown, _ctrl_c() as run.stop:
             while run.epoch < trainer.epochs:
                 run.one_epoch()
     finally:
@@ -170,7 +169,7 @@ def fit(
 class _Run:
     """Where a run stands (`epoch`, batches of it `done`, history), and how that is saved and found again."""
 
-    show: Callable[[str], None]
+    shown: Stage
     stop: threading.Event
 
     def __init__(
@@ -243,7 +242,7 @@ class _Run:
         text = f"epoch {self.epoch + 1}/{self.trainer.epochs}"
         if updates % 20 == 0:  # not every time: it waits for the device
             text += "  loss " + " ".join(f"{v / self.done:.3f}" for v in losses.tolist())
-        self.show(text)
+        self.shown.advance(text=text)
         if self.stop.is_set():
             if self.trainer.processes.num_processes == 1:  # several do not stop at the same update
                 self.save()
@@ -398,18 +397,3 @@ def _ctrl_c() -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _bar(shown: bool, total: int, done: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on standard error; the function moves it on by one update."""
-    if not shown:
-        yield lambda text: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("training", total=total, completed=done)
-        yield lambda text: bar.update(task, advance=1, description=text)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from ..console.progress import track
 from ..errors import CaptureError
 from ..graph.capture import capture
 from ..graph.demand import dead_ends
@@ -118,7 +119,10 @@ def analyse(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ..
         CaptureError: the model cannot be captured, has no classifier, or nothing in it can move.
     """
     start = time.perf_counter()
-    programs = {training: capture(model, image_size, training) for training in modes}
+    programs = {
+        training: capture(model, image_size, training)
+        for training in track(modes, f"capture of {type(model).__name__}, in eval and train mode")
+    }
     for program in programs.values():
         split_readers_of_scores(program, find_heads(program))
     captured = time.perf_counter()

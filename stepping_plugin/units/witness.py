@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..console.progress import stage
 from ..graph.program import Program
 from ..integrations.torch_pruning.witness import ToolkitCouplings, toolkit_couplings
 from .analysis import Analysis, analyse, assemble
@@ -48,7 +49,8 @@ def find_units(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool,
         return analysis
     reference = next(model.parameters())
     image = torch.zeros(1, *image_size, dtype=reference.dtype, device=reference.device)
-    extra = compare_witnesses(analysis, toolkit_couplings(model, image)).only_toolkit
+    with stage("torch-pruning's dependency graph"):
+        extra = compare_witnesses(analysis, toolkit_couplings(model, image)).only_toolkit
     return join_units(analysis, extra)[0] if extra else analysis
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...console.progress import manner, track
 from ...engine.engine import Engine, Prediction
 from ...errors import SteppingError, explain
 
@@ -47,8 +48,9 @@ def bench_deadlines(
     quiet = engine.calibrate(batch_size, repeats=15)
     generator = random.Random(seed)
     deadlines = [generator.uniform(quiet[0], 1.2 * sum(quiet)) for _ in range(requests)]
-    with _busy(load):
-        answered = [(deadline, engine.predict(x, deadline=deadline)) for deadline in deadlines]
+    with _busy(load), manner(bars=False):
+        shown = track(deadlines, "requests")
+        answered = [(deadline, engine.predict(x, deadline=deadline)) for deadline in shown]
     return {"requests": requests, "batch": batch_size, "load": load, "quiet_ms": [1e3 * s for s in quiet],
             **_judged(answered, engine.num_subnets)}  # fmt: skip
 

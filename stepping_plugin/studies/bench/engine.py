@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...console.progress import manner, track
 from ...engine.engine import Engine, compile_engine
 from ...errors import SteppingError, explain
 from ...net import SteppingNet
@@ -128,9 +129,9 @@ def bench_net(
         original, *subnets = [torch.compile(m) for m in (original, *subnets)]
     single = {"dense": original, **{f"subnet{i}": s for i, s in enumerate(subnets, start=1)}}
     times: dict[str, list[float]] = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), manner(bars=False):
         began = time.perf_counter()
-        for turn in range(turns + 2):
+        for turn in track(range(turns + 2), f"turns at batch {batch_size}"):
             for name, module in single.items():
                 _add(times, name, partial(module, x), engine, turn)
             cache = _turn_of_steps(engine, x, times, turn)

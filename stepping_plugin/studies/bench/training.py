@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ...api import apply_steppingnet
+from ...console.progress import manner, track
 from ...integrations.timm.models import named_model
 from ...training.trainer import TrainConfig, Trainer
 
@@ -42,7 +43,8 @@ def bench_training(
     Returns:
         One dict per case: model, img_size, batch_size, milliseconds and ratios to the plain step.
     """
-    return [_case(*case, rounds=rounds, device=device) for case in cases]
+    with manner(bars=False):
+        return [_case(*case, rounds=rounds, device=device) for case in cases]
 
 
 def _case(name: str, pixels: int, batch: int, rounds: int, device: str) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def _case(name: str, pixels: int, batch: int, rounds: int, device: str) -> dict[
         "separate": lambda: _all(separate),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for number in range(rounds + 2):
+    for number in track(range(rounds + 2), f"rounds of {name} at {pixels} pixels"):
         for kind, step in kinds.items():
             _wait(device)
             start = time.perf_counter()

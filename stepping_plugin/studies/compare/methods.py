@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...console.progress import track
 from ...construction.config import ConstructionConfig
 from ...construction.flow import Construction
 from ...errors import BudgetError, SteppingError
@@ -107,7 +108,7 @@ class Job:
             teacher=self.teacher, gamma=section.gamma, temperature=section.temperature, beta=section.beta,
             from_largest=section.distill_from == "largest", sequential=section.updates == "sequential",
             subnet_weights=section.subnet_weights if isinstance(net, SteppingNet) else None,
-            checkpoint_dir=self.folder / name, progress=False,
+            checkpoint_dir=self.folder / name,
         )  # fmt: skip
 
     def score(self, net: nn.Module) -> list[float]:
@@ -298,7 +299,7 @@ def _sparse_training(job: Job, name: str) -> tuple[nn.Module, list[Phase]]:
     trainer = Trainer(model.train(), config, 1)
     trainer.optimizer.register_step_pre_hook(hook)
     stream = job.run.loader("train", section.batch_size, "construction").stream()
-    for batch in itertools.islice(stream, updates):
+    for batch in track(itertools.islice(stream, updates), "sparse training", updates):
         trainer.update([batch])
     trained, batch = copy.deepcopy(model).cpu().eval(), job.batch()  # timing trains the model on
     step = job.work_ratio(lambda: trainer.update([batch]))
@@ -319,7 +320,7 @@ def _separate(job: Job, make: Callable[[int], nn.Module], epochs: int, before: l
     nets: dict[int, nn.Module] = {}
     notes: list[str] = []
     budgets, increments = ([job.net_sizes[size] for size in sizes] for sizes in (job.budgets, job.increments))
-    for size in sorted({*budgets, *increments}):
+    for size in track(sorted({*budgets, *increments}), "making separate nets"):
         try:
             nets[size] = make(size)
         except BudgetError as error:
@@ -329,7 +330,7 @@ def _separate(job: Job, make: Callable[[int], nn.Module], epochs: int, before: l
     macs = {size: count_macs(net, (job.example,)).total for size, net in nets.items()}
     ratios = {size: job.step_ratio([net]) for size, net in nets.items()}
     scores: dict[int, float] = {}
-    for size, net in nets.items():
+    for size, net in track(nets.items(), "separate nets", len(nets)):
         job.tune(net, f"net-{size}", epochs)
         scores[size] = job.score(net)[0]
     answers = [

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...console.progress import track
 from ...errors import BudgetError, CaptureError, SteppingError
 from ...runs.machine import describe_machine
 from ...runs.pipeline import Run
@@ -107,7 +108,7 @@ def compare(comparison: Comparison) -> list[Path]:
         raise SteppingError("compare: start it once, not by a launcher; a comparison runs in one process.")
     written = []
     jobs = comparison.missing()
-    for number, (variant, seed) in enumerate(jobs, start=1):
+    for number, (variant, seed) in enumerate(track(jobs, f"comparison {comparison.name}"), start=1):
         comparison.say(f"{comparison.name}: {variant.name}, seed {seed} ({number} of {len(jobs)})")
         result = _run_job(comparison, variant, seed)
         written.append(write(comparison.results, result))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...console.progress import manner, track
 from ...engine.engine import Engine, compile_engine
 from ...nested.subnet import Subnet
 from ...net import SteppingNet
@@ -34,14 +35,15 @@ def in_turns(works: Mapping[str, Work], device: str = "cpu", *, turns: int) -> d
     """Median seconds of every piece of work; they are done in turns."""
     clock = time.perf_counter if device.startswith("cuda") else time.process_time
     times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(turns + WARM):
-        for name, work in works.items():
-            began = clock()
-            work()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            if turn >= WARM:
-                times[name].append(clock() - began)
+    with manner(bars=False):
+        for turn in track(range(turns + WARM), f"timing of {', '.join(works)}"):
+            for name, work in works.items():
+                began = clock()
+                work()
+                if device.startswith("cuda"):
+                    torch.cuda.synchronize()
+                if turn >= WARM:
+                    times[name].append(clock() - began)
     return {name: median(values) for name, values in times.items()}
 
 

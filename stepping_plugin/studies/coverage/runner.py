@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...console.progress import track
 from ...errors import SteppingError
 from .specs import Spec
 
@@ -53,7 +54,8 @@ def run_coverage(
     pending = [spec for name, spec in wanted.items() if name not in done]
     if len(pending) < len(wanted):
         say(f"{len(wanted) - len(pending)} of {len(wanted)} models are in {output} already")
-    for count, row in enumerate(_checked(pending, jobs, seconds, gib), start=1):
+    checked = track(_checked(pending, jobs, seconds, gib), "coverage", len(pending))
+    for count, row in enumerate(checked, start=1):
         rows[row["model"]] = row
         write_results(output, rows.values())
         pinned = f", {row['pinned_share']:.1%} pinned" if "pinned_share" in row else ""
