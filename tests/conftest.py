@@ -19,7 +19,11 @@ import numpy as np
 import pytest
 import torch
 
+from stepping_plugin import cli
+from stepping_plugin.console.progress import manner
+
 torch.set_num_threads(1)
+cli.DELAY = 3600.0  # what commands print must not depend on how long they take
 
 # No deadline: a slow machine is not a defect. Derandomised: the same examples on every run.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
@@ -34,7 +38,8 @@ def repeatable() -> Iterator[None]:
     torch.manual_seed(0)
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    yield
+    with manner(delay=3600):  # as above
+        yield
     torch.set_default_dtype(dtype)
     torch.set_grad_enabled(grad)
     torch.use_deterministic_algorithms(deterministic)

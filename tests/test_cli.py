@@ -197,8 +197,9 @@ SMALL = ["data.limit=100", "train.epochs=1", "construction.iterations=1", "const
 def test_an_output_that_cannot_be_written(tmp_path):
     """A closed pipe is no error, and no end of a run; a full disk is one line."""
     line = " ".join([sys.executable, "-W", "ignore", "-m", "stepping_plugin"])
-    run = f"{line} run digits {' '.join(SMALL)} budgets=0.4,0.8 device=cpu output={tmp_path / 'run'}"
-    script = f"{line} inspect digits_net --json | head -1; {run} | head -1; {line} validate digits > /dev/full; echo $?"
+    run = f"{line} run digits --quiet {' '.join(SMALL)} budgets=0.4,0.8 device=cpu output={tmp_path / 'run'}"
+    validate = f"{line} validate digits --quiet > /dev/full"
+    script = f"{line} inspect digits_net --json | head -1; {run} | head -1; {validate}; echo $?"
     root = str(Path(__file__).parents[1])
     ended = subprocess.run(script, shell=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root})
     assert ended.stdout.splitlines()[0] == "{" and ended.stdout.splitlines()[-1] == "1"

@@ -42,7 +42,7 @@ def clock(monkeypatch):
 
 
 def test_lines_come_at_growing_pauses_with_the_time_that_is_left(clock, capsys):
-    with stage("work", total=400) as task:
+    with manner(delay=5), stage("work", total=400) as task:
         for _ in range(200):
             clock(1)
             task.advance(text="epoch 1/2")
@@ -108,7 +108,7 @@ def test_bars_on_a_terminal_go_away_and_leave_what_is_printed(clock, monkeypatch
 
 def test_measurements_get_no_bars(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with manner(bars=False), stage("turns", 3):
+    with manner(bars=False, delay=5), stage("turns", 3):
         clock(6)
         assert progress._Bar.display is None
     assert sys.stderr.getvalue().startswith("turns: 5 s so far, 0 of 3")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,20 +29,34 @@ def add_run(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .pipeline import run_recipe
+    from .pipeline import Run
     from .recipe import load_recipe
     from .report import exit_table, results_table
 
     say = _speaker()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     folder = Path(recipe.output or Path("runs") / Path(arguments.recipe).stem)
-    data = run_recipe(recipe, folder, fresh=arguments.fresh, say=say, source=arguments.recipe)
+    run = Run(recipe, folder, say)
+    try:
+        data = run.everything(arguments.fresh, arguments.recipe)
+    except KeyboardInterrupt:
+        print(_stopped(run.stage, folder, arguments), file=sys.stderr)
+        raise
     say(results_table(data))
     for note in data["notes"]:
         say(note)
     say(exit_table(data))
     say(f"report: {folder / 'index.html'}   net: {folder / 'net.safetensors'}")
     return 0
+
+
+def _stopped(stage: str, folder: Path, arguments: argparse.Namespace) -> str:
+    """What somebody who pressed Ctrl-C wants to know: that nothing is lost, and how to go on."""
+    from .stages import kept_in
+
+    kept = kept_in(folder) or ["nothing yet"]
+    again = shlex.join(["stepping", "run", arguments.recipe, *arguments.overrides])
+    return f"stopped in: {stage}. Kept in {folder}: {', '.join(kept)}. To go on: {again}"
 
 
 def _speaker() -> Callable[[Any], None]:

@@ -2,8 +2,11 @@
 
     .stepping-run.json   the marker: the recipe and the process that holds the folder; written before anything else
     .stepping-run.lock   locked while a run is on; the system lets it go when the process ends, however it ends
+    earlier/1, 2, ...    results of recipes that the folder held before, kept where a later one replaced them
 
-Nothing is ever replaced or removed in a folder without the marker, and with it only files that a run writes.
+Nothing is ever replaced or removed in a folder without the marker, and with it only files that a run writes. A recipe
+that differs in later stages only (see `runs.stages`) takes over what the earlier ones have left; what it replaces is
+moved aside.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,30 +25,19 @@ from pydantic import ValidationError
 
 from ..errors import CheckpointError, RecipeError, explain
 from ..tensorfile import write_bytes
-from ..training.checkpoint import differences
 from .recipe import dump_recipe, parse_recipe
 from .recipe_schema import Recipe
+from .stages import STAGES, changes, first_stage, settings_of
 
-__all__ = ["opened_folder", "settings_of"]
+__all__ = ["first_to_do", "opened_folder"]
 
-MARKER, LOCK, RECIPE = ".stepping-run.json", ".stepping-run.lock", "recipe.yaml"
-FILES = (RECIPE, "original.safetensors", "constructed.safetensors", "net.safetensors", "report.json",
-         "accuracy_vs_macs.png", "units_per_layer.png", "index.html")  # fmt: skip
-FOLDERS = {
-    "original": ("last.safetensors", "log.jsonl"),
-    "construction": ("state.safetensors",),
-    "retrain": ("last.safetensors", "log.jsonl"),
-}
+MARKER, LOCK, RECIPE, EARLIER = ".stepping-run.json", ".stepping-run.lock", "recipe.yaml", "earlier"
+FILES = (RECIPE, *(name for stage in STAGES for name in stage.files))
+FOLDERS = {name: inside for stage in STAGES for name, inside in stage.folders.items()}
 _FORMAT = "stepping-plugin run 1"
-_FREE = ("output", "device")  # may differ between a run and its continuation
+_LISTED = 6  # keys that differ
 _ELSEWHERE = "Choose another folder with output=DIR."
 _UNTOUCHED = "Nothing was touched."
-
-
-def settings_of(recipe: Recipe, *sections: str) -> dict[str, Any]:
-    """What results depend on: the whole recipe, or some of its sections."""
-    values = recipe.model_dump(mode="json")
-    return {k: v for k, v in values.items() if k not in _FREE and (not sections or k in sections)}
 
 
 @contextlib.contextmanager
@@ -60,10 +53,10 @@ def opened_folder(
 
     Args:
         folder: of the results.
-        recipe: of the run; a folder of another recipe is refused.
+        recipe: of the run; a folder of a recipe that has no stage in common with it is refused.
         fresh: discard what an earlier run left.
         inputs: what the run reads (recipe key: path); the run must not write there.
-        say: told what was mended.
+        say: told what was mended, and what of another recipe is taken over, done anew and kept aside.
 
     Raises:
         CheckpointError: another run is on in it, it holds something else, or it cannot be made. Nothing was removed.
@@ -136,7 +129,7 @@ def _other_text(path: Path, recipe: Recipe) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if not line.startswith(tuple(f"{key}:" for key in _FREE))]
+    return [line for line in text.splitlines() if not line.startswith(("output:", "device:"))]
 
 
 def _check_ownership(folder: Path, recipe: Recipe) -> None:
@@ -156,39 +149,93 @@ def _is_older_run(folder: Path, recipe: Recipe) -> bool:
     """A run of this very recipe, by a version that left no marker."""
     try:
         text = (folder / RECIPE).read_text(encoding="utf-8")
-        return _lines(text) == _lines(dump_recipe(recipe)) or not _changes(settings_of(parse_recipe(text)), recipe)
+        return _lines(text) == _lines(dump_recipe(recipe)) or not changes(settings_of(parse_recipe(text)), recipe)
     except (OSError, UnicodeDecodeError, RecipeError):
         return False
 
 
-def _changes(old: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Where an earlier recipe differs; keys that it did not have yet count as their defaults."""
-    with contextlib.suppress(ValidationError):
-        old = settings_of(Recipe.model_validate(old))
-    return differences(dict(old), settings_of(recipe))
-
-
 # ------------------------------------------------------------------------------------------------- taking it over
+
+
+def first_to_do(folder: Path, recipe: Recipe) -> int:
+    """Index in `STAGES` of the first stage of which nothing at hand can be used: 0 without a run that fits."""
+    with contextlib.suppress(CheckpointError, OSError):
+        marker = _read_marker(folder)
+        if marker is not None and not marker["discarding"]:
+            return first_stage(changes(marker["recipe"], recipe))
+    return 0
 
 
 def _take(folder: Path, recipe: Recipe, fresh: bool, say: Callable[[str], None]) -> None:
     marker = _read_marker(folder)
     interrupted = False
     if marker is not None and not fresh:
-        changed = _changes(marker["recipe"], recipe)
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise CheckpointError(
-                f"{folder} holds a run of another recipe: {'; '.join(changed[:3])}{more}. Choose another folder with "
-                "output=DIR, or discard that run with --fresh."
-            )
+        if marker["moving"] is not None:
+            _move(folder, marker["moving"])
+            _write_marker(folder, marker["recipe"])
+        _check_recipe_file(folder, marker["recipe"], recipe)
         interrupted = marker["discarding"]
-        _check_recipe_file(folder, recipe)
+        changed = changes(marker["recipe"], recipe)
+        if changed and interrupted:
+            raise CheckpointError(_another_recipe(folder, changed))
+        if changed:
+            _replace(folder, marker["recipe"], recipe, changed, say)
+            say = lambda text: None  # noqa: E731 - of the new recipe nothing can be missing or cut
     if marker is not None and (fresh or interrupted):
-        _write_marker(folder, recipe, discarding=True)  # a kill from here on leaves nothing that counts as results
+        _write_marker(folder, settings_of(recipe), discarding=True)  # a kill from here on leaves no results that count
         _discard(folder)
-    _write_marker(folder, recipe, discarding=False)
+    _write_marker(folder, settings_of(recipe))
     _write_recipe_file(folder, recipe, say if marker is not None and not (fresh or interrupted) else lambda text: None)
+
+
+def _another_recipe(folder: Path, changed: list[str]) -> str:
+    return (
+        f"{folder} holds a run of another recipe: {_listed(changed)}. No stage of it can be used for this one. Choose "
+        "another folder with output=DIR, or discard that run with --fresh."
+    )
+
+
+def _listed(changed: list[str]) -> str:
+    more = f" and {len(changed) - _LISTED} more" if len(changed) > _LISTED else ""
+    return "; ".join(changed[:_LISTED]) + more
+
+
+def _replace(
+    folder: Path, old: Mapping[str, Any], recipe: Recipe, changed: list[str], say: Callable[[str], None]
+) -> None:
+    """Make room for a recipe that differs in later stages only; their results are moved aside."""
+    first = first_stage(changed)
+    replaced = [stage.name for stage in STAGES[first:] if any(stage.left_in(folder))]
+    if first == 0 and replaced:
+        raise CheckpointError(_another_recipe(folder, changed))
+    text = f"{folder}: {_listed(changed)}."
+    if kept := [stage.name for stage in STAGES[:first] if any(stage.left_in(folder))]:
+        text += f" From the earlier run: {', '.join(kept)}."
+    if replaced:
+        number = 1
+        while os.path.lexists(folder / EARLIER / str(number)):
+            number += 1
+        moving = {"first": first, "to": f"{EARLIER}/{number}", "recipe": dict(old)}
+        _write_marker(folder, settings_of(recipe), moving=moving)
+        _move(folder, moving)
+        text += f" Anew: {', '.join(replaced)}; what there was of it is kept in {folder / EARLIER / str(number)}."
+    say(text)
+
+
+def _move(folder: Path, moving: Mapping[str, Any]) -> None:
+    """Carry out, or go on with, what the marker says is being moved."""
+    aside = folder / moving["to"]
+    aside.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(ValidationError):
+        write_bytes(aside / RECIPE, dump_recipe(Recipe.model_validate(moving["recipe"])).encode())
+    for stage in STAGES[moving["first"] :]:
+        for path in stage.left_in(folder):
+            place = aside / path.relative_to(folder)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(path, place)
+    with contextlib.suppress(OSError, RecipeError, UnicodeDecodeError):
+        if not changes(moving["recipe"], _parsed(folder / RECIPE)):  # else it is somebody's edit
+            (folder / RECIPE).unlink()
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:
@@ -210,22 +257,37 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
             f"beside it belong to this recipe. {_UNTOUCHED} Bring the file back from a copy, or choose another folder "
             "with output=DIR."
         )
-    return {**marker, "discarding": marker.get("discarding") is True}
+    return {**marker, "discarding": marker.get("discarding") is True, "moving": _moving(marker)}
 
 
-def _write_marker(folder: Path, recipe: Recipe, *, discarding: bool) -> None:
+def _moving(marker: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was being moved aside when the process ended; only what `_replace` writes is believed."""
+    moving = marker.get("moving")
+    if not isinstance(moving, dict) or not isinstance(moving.get("recipe"), dict):
+        return None
+    fits = moving.get("first") in range(len(STAGES)) and re.fullmatch(rf"{EARLIER}/\d+", str(moving.get("to")))
+    return moving if fits else None
+
+
+def _write_marker(
+    folder: Path, settings: Mapping[str, Any], *, discarding: bool = False, moving: Mapping[str, Any] | None = None
+) -> None:
     holder = {"pid": os.getpid(), "host": socket.gethostname()}
-    marker = {"format": _FORMAT, "discarding": discarding, "holder": holder, "recipe": settings_of(recipe)}
+    marker = {"format": _FORMAT, "discarding": discarding, "moving": moving, "holder": holder, "recipe": dict(settings)}
     write_bytes(folder / MARKER, json.dumps(marker, indent=1).encode())
 
 
-def _check_recipe_file(folder: Path, recipe: Recipe) -> None:
-    """The readable recipe says the same as the marker, or is damaged; somebody's edits are neither lost nor ignored."""
+def _check_recipe_file(folder: Path, held: Mapping[str, Any], recipe: Recipe) -> None:
+    """The readable recipe says the same as the marker or as the recipe to run, or is damaged.
+
+    Somebody's edits are neither lost nor ignored.
+    """
     path = folder / RECIPE
     if not path.exists() or _is_cut(path, recipe):
         return
     try:
-        changed = _changes(settings_of(parse_recipe(path.read_text(encoding="utf-8"))), recipe)
+        found = _parsed(path)
+        changed = changes(held, found) and changes(settings_of(found), recipe)
     except (RecipeError, UnicodeDecodeError):
         changed = ["it cannot be read as a recipe"]
     if changed:
@@ -242,13 +304,17 @@ def _is_cut(path: Path, recipe: Recipe) -> bool:
 
 
 def _write_recipe_file(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
-    path = folder / RECIPE
+    """Written where it is missing, cut short, or that of the recipe that was replaced."""
+    path, text = folder / RECIPE, dump_recipe(recipe).encode()
     missing = not path.exists()
-    if missing or _is_cut(path, recipe):
-        text = dump_recipe(recipe).encode()
-        if missing or path.read_bytes() != text:
-            say(f"{path} was {'missing' if missing else 'cut short'}: written anew from the marker of the run")
+    if missing or (path.read_bytes() != text and _is_cut(path, recipe)):
+        say(f"{path} was {'missing' if missing else 'cut short'}: written anew from the marker of the run")
+    if missing or _is_cut(path, recipe) or changes(settings_of(_parsed(path)), recipe):
         write_bytes(path, text)
+
+
+def _parsed(path: Path) -> Recipe:
+    return parse_recipe(path.read_text(encoding="utf-8"))
 
 
 def _discard(folder: Path) -> None:

@@ -24,30 +24,28 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 
 from ..construction.config import ConstructionConfig
 from ..construction.flow import Construction
-from ..construction.start import convert, one_shot
+from ..construction.start import one_shot
 from ..errors import SteppingError, explain
 from ..graph.device import usable_device
-from ..integrations.timm.models import named_model
 from ..net import SteppingNet, load
 from ..training.checkpoint import random_state, save_checkpoint, seed_generators
-from ..training.evaluation import evaluate
+from ..training.interrupts import ctrl_c
 from ..training.loop import TrainConfig, fit
-from ..training.trainer import processes
 from ..verify import verify
 from ..views.contribution import idle_levels
-from ..views.summary import units_per_level
-from .data import DataBundle, build_data
 from .early_exit import answers_of, early_exit_curve
-from .folder import opened_folder, settings_of
-from .machine import describe_machine
-from .recipe import dump_recipe
-from .recipe_schema import ModelConfig, Recipe, TeacherConfig
+from .folder import first_to_do, opened_folder
+from .judgement import answers_to, doubts
+from .outcome import report_data
+from .parts import Parts
+from .recipe_schema import Recipe
 from .report import write_report
 from .resume import resume_construction
+from .stages import completed, settings_of
 from .weights import load_weights, save_weights
 
 __all__ = ["Run", "plan", "run_recipe"]
@@ -98,15 +96,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 
 @dataclass
-class Run:
-    """One recipe in one folder."""
+class Run(Parts):
+    """The stages of one recipe in one folder."""
 
-    recipe: Recipe
-    folder: Path
-    say: Callable[[str], None]
-    seconds: dict[str, float] = field(default_factory=dict)
-    history: dict[str, Any] = field(default_factory=dict)
-    _data: DataBundle | None = None
+    warnings: list[str] = field(default_factory=list)
     _epochs: int = 0
 
     def everything(self, fresh: bool, source: str | Path | None = None) -> dict[str, Any]:
@@ -119,15 +112,27 @@ class Run:
         original = None
         if self.recipe.model.net is not None:
             net = load(self.recipe.model.net)
-            self._check_classes(net)
+            self.check_classes(net)
         else:
-            original = self._timed("original", self.train_original)
-            net = self._timed("construction", self.construct, original)
-        accuracies = {"before": self.accuracy(net)}
+            original = self.timed("original", self.train_original)
+            net = self.timed("construction", self.construct, original)
+        before, labels = answers_to(net, self.loader("test", 256))
         reference = self.accuracy(original)[0] if original is not None else None
-        net = self._timed("retraining", self.retrain, net, original)
-        accuracies["after"] = self.accuracy(net)
+        shares = [macs / net.reference_macs for macs in net.macs]
+        if self.recipe.retrain.epochs:
+            self._warn(net, doubts(before, labels, shares, reference, retrained=False))
+        net = self.timed("retraining", self.retrain, net, original)
+        after, labels = answers_to(net, self.loader("test", 256))
+        self._warn(net, doubts(after, labels, shares, reference))
+        accuracies = {name: _accuracies(answers, labels) for name, answers in (("before", before), ("after", after))}
         return self._finish(net, accuracies, reference)
+
+    def _warn(self, net: SteppingNet, texts: list[str]) -> None:
+        """Tell at once, keep for the report and for whoever gets the net."""
+        self.warnings += texts
+        net.notes += texts
+        for text in texts:
+            self.tell(f"warning: {text}")
 
     # --- before anything is written, or removed
 
@@ -141,37 +146,29 @@ class Run:
         recipe = self.recipe
         if recipe.device != "auto":
             usable_device(recipe.device)
-        for key, path in self._inputs().items():
+        for key, path in self.inputs.items():
             if not path.is_file():
                 raise SteppingError(explain("no such file", where=key, got=str(path), action="Check the path."))
         if recipe.model.net is not None:
-            self._check_classes(load(recipe.model.net))
-        elif fresh or not (self.folder / "original.safetensors").is_file():
+            self.check_classes(load(recipe.model.net))
+        elif fresh or first_to_do(self.folder, recipe) < 2 or not (self.folder / "original.safetensors").is_file():
             self.start(self.build_model(recipe.model, pretrained=False))
         if recipe.retrain.epochs and recipe.retrain.teacher is not None:
             self.build_model(recipe.retrain.teacher, pretrained=False)
         elif recipe.retrain.epochs and recipe.model.net is not None:
             self.teacher(None)
 
-    def _inputs(self) -> dict[str, Path]:
-        """Files that the recipe reads, by key."""
-        recipe = self.recipe
-        named = {"model.net": recipe.model.net, "model.checkpoint_path": recipe.model.checkpoint_path}
-        if recipe.retrain.teacher is not None:
-            named["retrain.teacher.checkpoint_path"] = recipe.retrain.teacher.checkpoint_path
-        return {key: Path(path) for key, path in named.items() if path is not None}
-
     @contextlib.contextmanager
     def _held(self, fresh: bool, source: str | Path | None) -> Iterator[None]:
         """The output folder, which the main process takes for all of them; what keeps it from that, all raise."""
-        inputs = self._inputs()
+        inputs = dict(self.inputs)
         if source is not None and Path(source).is_file():
             inputs["recipe"] = Path(source)
         with contextlib.ExitStack() as stack:
             refused: SteppingError | None = None
             if self.main:
                 try:
-                    folder = opened_folder(self.folder, self.recipe, fresh=fresh, inputs=inputs, say=self._say)
+                    folder = opened_folder(self.folder, self.recipe, fresh=fresh, inputs=inputs, say=self.tell)
                     stack.enter_context(folder)
                 except SteppingError as error:
                     refused = error
@@ -188,11 +185,11 @@ class Run:
         settings = settings_of(recipe, "model", "data", "train", "seed")
         model = self.build_model(recipe.model, recipe.model.pretrained)
         if done.is_file():
-            self._say("original: from an earlier run")
-            load_weights(model, done, settings)
+            self.tell("original: from an earlier run")
+            load_weights(model, done, settings, completed)
             return model.eval()
         if recipe.train.epochs:
-            self._say(f"original: {recipe.model.name}, {recipe.train.epochs} epochs")
+            self.tell(f"original: {recipe.model.name}, {recipe.train.epochs} epochs")
             config = TrainConfig.of(recipe.train, seed=recipe.seed, device=recipe.device)
             self._epochs = config.epochs
             log = fit(model, self.loader("train", recipe.train.batch_size), self.validation(recipe.train), config,
@@ -206,7 +203,7 @@ class Run:
         """The subnets (Fig. 3), or for the other policies their pattern in one shot."""
         done = self.folder / "constructed.safetensors"
         if done.is_file():
-            self._say("construction: from an earlier run")
+            self.tell("construction: from an earlier run")
             return load(done)
         net, policy = self.start(original), self.recipe.construction.policy
         if policy == "steppingnet":
@@ -224,19 +221,13 @@ class Run:
         wanted = self.recipe.construction.reconstruct
         if not wanted:
             return
-        self._say(f"reconstruction: least squares on {wanted} training pictures")
+        self.tell(f"reconstruction: least squares on {wanted} training pictures")
         batches = self.data.loader("train", RECONSTRUCTION_BATCH, seed=self.recipe.seed, rank=0, world=1)
         images = torch.cat([x for x, _ in itertools.islice(batches, math.ceil(wanted / RECONSTRUCTION_BATCH))])
-        say = lambda text: self._say(f"  {text}")  # noqa: E731
+        say = lambda text: self.tell(f"  {text}")  # noqa: E731
         found = net.reconstruct(original, images[:wanted], seed=self.recipe.seed, say=say)
         net.notes += found.notes
         self.seconds["reconstruction"] = round(found.seconds, 3)
-
-    def start(self, original: nn.Module) -> SteppingNet:
-        """The network that construction starts from, all units in subnet 1."""
-        config = ConstructionConfig.of(self.recipe.construction)
-        example, arguments = torch.zeros(1, *self.data.input_size), self.recipe.model.kwargs
-        return convert(original, self.recipe.budgets, config, example, arguments=arguments, seed=self.recipe.seed)
 
     def _iterate(self, net: SteppingNet) -> SteppingNet:
         config = ConstructionConfig.of(self.recipe.construction)
@@ -245,13 +236,17 @@ class Run:
         path = self.folder / "construction" / "state.safetensors"
         if path.is_file():
             resume_construction(construction, path)
-        self._say(f"construction: {config.flow} flow, iteration {construction.iteration} of {config.iterations}")
+        self.tell(f"construction: {config.flow} flow, iteration {construction.iteration} of {config.iterations}")
         saved = time.monotonic()
-        for record in construction:
-            self._log(record)
-            if self.main and time.monotonic() - saved > SAVE_EVERY:
-                save_checkpoint(path, {"construction": construction.state_dict(), "random": random_state()})
-                saved = time.monotonic()
+        with ctrl_c(lambda: self.tell("  stopping after this iteration; Ctrl-C again stops at once")) as stop:
+            for record in construction:
+                self._log(record)
+                due = stop.is_set() or construction.done or time.monotonic() - saved > SAVE_EVERY
+                if self.main and due:
+                    save_checkpoint(path, {"construction": construction.state_dict(), "random": random_state()})
+                    saved = time.monotonic()
+                if stop.is_set():
+                    raise KeyboardInterrupt
         construction.finish()
         self.history["construction"] = construction.records
         return net
@@ -261,7 +256,7 @@ class Run:
         settings = self.recipe.retrain
         if not settings.epochs:
             return net
-        self._say(f"retraining: {settings.epochs} epochs, distillation from: {settings.distill_from}")
+        self.tell(f"retraining: {settings.epochs} epochs, distillation from: {settings.distill_from}")
         config = TrainConfig.of(settings, seed=self.recipe.seed, device=self.recipe.device)
         self._epochs = config.epochs
         log = fit(
@@ -274,24 +269,14 @@ class Run:
         self.history["retraining"] = log.epochs
         return net
 
-    def teacher(self, original: nn.Module | None) -> nn.Module | None:
-        """Who guides the retraining, if anybody does."""
-        settings = self.recipe.retrain
-        if settings.distill_from == "teacher" and settings.teacher is not None:
-            return self.build_model(settings.teacher, settings.teacher.pretrained).eval()
-        if settings.distill_from == "original" and original is None:
-            raise SteppingError(
-                "retrain.distill_from: the original network is not at hand when model.net is given. Name one with "
-                "retrain.distill_from=teacher retrain.teacher.name=..., or use largest or none."
-            )
-        return original if settings.distill_from == "original" else None
-
     def _finish(self, net: SteppingNet, accuracies: dict[str, list[float]], reference: float | None) -> dict[str, Any]:
-        self._timed("contribution", self.measure, net)
-        curve = self._timed("early exit", self.early_exit, net)
-        proof = self._timed("verification", verify, net.cpu())
+        self.timed("contribution", self.measure, net)
+        curve = self.timed("early exit", self.early_exit, net)
+        proof = self.timed("verification", verify, net.cpu())
         data = report_data(self.recipe, net, accuracies, reference)
-        data.update(early_exit=curve, verify=vars(proof), seconds=self.seconds, history=self.history)
+        data.update(
+            warnings=self.warnings, early_exit=curve, verify=vars(proof), seconds=self.seconds, history=self.history
+        )
         data["notes"] = [*net.notes, *self.data.notes()]
         if self.main:
             net.save(self.folder / "net.safetensors")
@@ -301,9 +286,7 @@ class Run:
     def measure(self, net: SteppingNet) -> None:
         """What every level adds, on validation pictures."""
         batches = itertools.islice(self.data.loader("val", 256, seed=0, rank=0, world=1), 4)
-        for text in idle_levels(net.measure(images for images, _ in batches)):
-            net.notes.append(text)
-            self._say(f"warning: {text}")
+        self._warn(net, idle_levels(net.measure(images for images, _ in batches)))
 
     def early_exit(self, net: SteppingNet) -> dict[str, Any]:
         """Accuracy against average MACs of `engine.predict(until={"max_prob": ...})`, see `runs.early_exit`.
@@ -319,103 +302,18 @@ class Run:
         points = early_exit_curve(held_out, test, engine.macs)
         return {"rule": "max_prob", "thresholds_from": where, "points": points}
 
-    # --- parts
-
-    @property
-    def main(self) -> bool:
-        """Whether this process writes and speaks."""
-        return processes(self.recipe.device).is_main_process
-
-    @property
-    def data(self) -> DataBundle:
-        """The data set, opened on first use."""
-        if self._data is None:
-            model = self.recipe.model
-            pretrained = model.pretrained or model.checkpoint_path is not None
-            self._data = build_data(self.recipe.data, model.name, pretrained=pretrained, say=self._say)
-        return self._data
-
-    def loader(self, part: str, batch_size: int, stage: str = "original") -> Any:
-        """This process's share of the batches; every stage has its own order."""
-        state = processes(self.recipe.device)
-        seed = self.recipe.seed * 3 + ["original", "construction", "retrain"].index(stage)
-        return self.data.loader(part, batch_size, seed=seed, rank=state.process_index, world=state.num_processes)
-
-    def validation(self, settings: Any) -> Any:
-        return self.loader("val", settings.validation_batch_size or settings.batch_size)
-
-    def accuracy(self, net: nn.Module) -> list[float]:
-        """Test accuracy of every subnet."""
-        return evaluate(net, self.loader("test", 256))["accuracy"]
-
-    def build_model(self, config: ModelConfig | TeacherConfig, pretrained: bool) -> nn.Module:
-        """A timm model for the data set."""
-        assert config.name is not None
-        data = self.data
-        own = {"num_classes": data.num_classes, "in_chans": data.in_chans, "pretrained": pretrained}
-        model = named_model(config.name, data.img_size, **{**own, **config.kwargs})
-        if config.checkpoint_path:
-            load_weights(model, Path(config.checkpoint_path))
-        return model
-
-    def _check_classes(self, net: SteppingNet) -> None:
-        size, classes = self.data.input_size, net.analysis.eval_program.output.meta["shape"][1]
-        if net.analysis.image_size != size or classes != self.data.num_classes:
-            raise SteppingError(
-                f"model.net: the net was made for images {net.analysis.image_size} and {classes} classes, data.name="
-                f"{self.recipe.data.name} has images {size} and {self.data.num_classes} classes."
-            )
-
-    def _timed(self, stage: str, function: Callable[..., Any], *args: Any) -> Any:
-        start = time.perf_counter()
-        result = function(*args)
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
-        return result
-
-    def _say(self, text: str) -> None:
-        if self.main:
-            self.say(text)
-
     def _log(self, record: dict[str, Any]) -> None:
         """About ten lines per stage; everything is in the stage's log."""
         if "iteration" in record:
             if _worth_a_line(record["iteration"], self.recipe.construction.iterations):
-                self._say(f"  iteration {record['iteration']}: MACs {record['macs']}, moved {record['moved']}")
+                self.tell(f"  iteration {record['iteration']}: MACs {record['macs']}, moved {record['moved']}")
         elif "accuracy" in record and _worth_a_line(record["epoch"], self._epochs):
             shown = " ".join(f"{100 * a:.1f}" for a in record["accuracy"])
-            self._say(f"  epoch {record['epoch']}: loss {_mean(record['train_loss']):.3f}, accuracy {shown} %")
+            self.tell(f"  epoch {record['epoch']}: loss {_mean(record['train_loss']):.3f}, accuracy {shown} %")
 
 
-def report_data(
-    recipe: Recipe, net: SteppingNet, accuracies: dict[str, list[float]], reference: float | None
-) -> dict[str, Any]:
-    """The report's data: see `report`."""
-    subnets = [
-        {
-            "subnet": i + 1,
-            "macs": net.macs[i],
-            "share": net.macs[i] / net.reference_macs,
-            "budget": net.budgets[i],
-            "accuracy": accuracies["after"][i],
-            "accuracy_before_retraining": accuracies["before"][i],
-        }
-        for i in range(net.num_subnets)
-    ]
-    layers = [
-        {"name": g.name, "units_per_level": units_per_level(net.levels, g, net.num_subnets)}
-        for g in net.analysis.groups
-    ]
-    return {
-        "title": f"{recipe.model.name or recipe.model.net} on {recipe.data.name}",
-        "original": {"macs": net.reference_macs, "accuracy": reference},
-        "subnets": subnets,
-        "layers": layers,
-        "contribution": net.contribution and net.contribution.model_dump(),
-        "notes": net.notes,
-        "recipe": dump_recipe(recipe),
-        "seed": recipe.seed,
-        "machine": describe_machine(),
-    }
+def _accuracies(answers: Tensor, labels: Tensor) -> list[float]:
+    return (answers == labels).double().mean(1).tolist()
 
 
 def _worth_a_line(number: int, total: int) -> bool:

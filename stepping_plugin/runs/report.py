@@ -9,6 +9,7 @@ The data are a plain dictionary (accuracies are shares in [0, 1], MACs are per i
     early_exit: {rule: str, thresholds_from: str, points: [{threshold, macs (average), accuracy, subnets: shares of the
                  samples that stop there}, ...]} (optional)
     contribution: see `files.headers.Contribution` (optional)
+    warnings:  [str, ...], see `runs.judgement` (optional)
     recipe:    str, the resolved recipe as YAML (optional)
     title:     str (optional)
 
@@ -360,13 +361,17 @@ def _page(data: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     recipe = data.get("recipe")
     return _PAGE.format(
         title=html.escape(str(data.get("title") or "SteppingNet report")),
-        results=_html_table(_COLUMNS, _rows(data)),
+        results=_html_table(_COLUMNS, _rows(data)) + _warnings(data),
         units=_html_table(header, units),
         early_exit=_early_exit(data),
         contribution=_contribution(data),
         recipe=f"<h2>Recipe</h2>\n<pre>{html.escape(str(recipe))}</pre>" if recipe else "",
         **sources,
     )
+
+
+def _warnings(data: Mapping[str, Any]) -> str:
+    return "".join(f"<p><strong>{html.escape(text)}</strong></p>" for text in data.get("warnings", []))
 
 
 def _early_exit(data: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,19 @@ def save_weights(model: nn.Module, path: Path, settings: Mapping[str, Any]) -> N
     write_tensors(path, model.state_dict(), texts, durable=True)
 
 
-def load_weights(model: nn.Module, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+def load_weights(
+    model: nn.Module,
+    path: Path,
+    settings: Mapping[str, Any] | None = None,
+    completed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> None:
     """Put the weights of a file into a model.
 
     Args:
         model: as it was built when they were saved.
         path: a .safetensors file.
         settings: that they must come from; files of older versions do not tell.
+        completed: brings the settings of a file to the keys of this version.
 
     Raises:
         SteppingError: no such file, or one that can hold code.
@@ -50,8 +56,8 @@ def load_weights(model: nn.Module, path: Path, settings: Mapping[str, Any] | Non
     if texts.get("format") == _FORMAT:
         if not is_signed(texts):
             raise CheckpointError(f"{path}: damaged: its checksums are missing. Take a copy that is whole.")
-        changed = differences(json.loads(texts["settings"]), dict(settings)) if settings is not None else []
-        if changed:
+        found = completed(json.loads(texts["settings"])) if settings is not None else {}
+        if settings is not None and (changed := differences(found, dict(settings))):
             raise CheckpointError(f"{path} belongs to a run with other settings: {'; '.join(changed[:3])}.")
     problem = _misfit(model.state_dict(), tensors)
     if problem:

@@ -13,11 +13,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from stepping_plugin.training.checkpoint import (
     seed_generators,
 )
 from stepping_plugin.training.evaluation import evaluate
+from stepping_plugin.training.interrupts import ctrl_c
 from stepping_plugin.training.loader import EpochLoader
 from stepping_plugin.training.losses import SubnetLoss
 from stepping_plugin.training.state import RunState, validated
@@ -154,7 +153,7 @@ def fit(
     run.begin(resume)
     total = trainer.epochs * updates_per_epoch
     try:
-        with manner(progress), stage("training", total, done=trainer.updates) as run.shown, _ctrl_c() as run.stop:
+        with manner(progress), stage("training", total, done=trainer.updates) as run.shown, ctrl_c() as run.stop:
             while run.epoch < trainer.epochs:
                 run.one_epoch()
     finally:
@@ -377,23 +376,3 @@ def _plain(value: Any) -> Any:
         return json.loads(json.dumps(value))
     except TypeError as error:
         raise SteppingError(f"config: {error}. Use numbers, strings, lists and dicts only.") from None
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event that the loop looks at between updates."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals belong to the main thread
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
