@@ -86,6 +86,10 @@ def load(
 ) -> SteppingNet:
     """Read a net that `SteppingNet.save` wrote, in eval mode. Its weights have the types that they had then.
 
+    For timm models this takes a second at most: the file says what the net computes in eval mode. The model's code is
+    compared with the file when train mode is asked for, which takes as long as a conversion (`SteppingNet.complete`).
+    An instance that is given, a file of another release of torch or of an older version is captured at once.
+
     Args:
         path: the file.
         model: an instance of the original model, needed unless it is a registered timm model; not modified.

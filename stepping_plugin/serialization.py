@@ -3,7 +3,8 @@
 The header names how the model is made (`origin`) and what it computes: the operators of both captured graphs
 (`graph.describe`), a fingerprint of the units, and the scores of a small experiment (`probe`). Loading builds the model
 again (timm models by their registered name, anything else from the instance that the caller gives), captures it and
-compares all three: a net comes back as the same function or not at all.
+compares all three: a net comes back as the same function or not at all. For timm models the eval graph with its units
+is in the file as well (`units.stored`): then nothing is captured until the train graph is asked for.
 
 What must be equal: image size, operators with their arguments, constants, layers, tensors and their types, units,
 levels, MACs. What need not: the names of nodes, the order of independent operators, devices, the last bits of real
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CaptureError, CheckpointError, SteppingError, explain
+from .files.graphs import DAMAGE
 from .files.headers import NetHeader, Probe, mode_name, validated
 from .files.origin import candidates, same_names
 from .files.probe import compare_scores, probe_images, quiet
@@ -32,16 +35,17 @@ from .graph.describe import describe, draws, first_difference
 from .graph.device import usable_device
 from .graph.modes import ordinary_mode
 from .graph.program import copy_model, named_tensors, unwrap
-from .nested.module import sliced_copy
+from .nested.module import copy_with, sliced_copy
 from .nested.net import NestedNet, check_levels
 from .tensorfile import NET, checked_path, not_finite, pack_header, read_file, write_tensors
 from .units.analysis import Analysis, fingerprint, restrict
 from .units.macs import MacModel
+from .units.stored import code_of, pack_analysis, unpack_analysis
 from .units.witness import find_units
 
 __all__ = ["pack_net", "read_net", "unpack_net", "write_net"]
 
-VERSION = 2  # 1: no checksums, no programs, no probe
+VERSION = 3  # 1: no checksums, no programs, no probe; 2: no analysis
 NetT = TypeVar("NetT", bound=NestedNet)
 _PROBE = Probe(seed=1, batch=1)
 _WITHOUT = "The file is of format 1, which does not say what the net computes; save the net again to have that checked."
@@ -76,13 +80,18 @@ def write_net(net: NestedNet, path: str | os.PathLike[str]) -> None:
     scores = _probe_scores(net, _PROBE)
     if scores is not None:
         tensors["probe"] = scores
-    programs = net.analysis.programs
+    programs = {mode_name(t): dict(zip(("lines", "sketches"), describe(p))) for t, p in net.analysis.programs.items()}
+    if isinstance(net.completion, _Completion):  # what is not captured is what the file said
+        known = net.completion.file.header.model_dump()["programs"]
+        programs = {**known, **programs}
+    stored = pack_analysis(net.analysis, net.model) if "timm" in net.origin else None
+    tensors.update(stored[1] if stored else {})
     header = {
         "format": NET,
         "version": VERSION,
         "origin": net.origin,
         "image_size": list(net.analysis.image_size),
-        "modes": list(programs),
+        "modes": [name == mode_name(True) for name in programs],
         "budgets": net.budgets,
         "macs": net.macs,
         "reference_macs": net.reference_macs,
@@ -91,9 +100,10 @@ def write_net(net: NestedNet, path: str | os.PathLike[str]) -> None:
         "notes": net.notes,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
         "dtype": _plain(_captured_type(net.analysis)),
-        "programs": {mode_name(t): dict(zip(("lines", "sketches"), describe(p))) for t, p in programs.items()},
+        "programs": programs,
         "probe": _PROBE.model_dump() if scores is not None else None,
         "contribution": net.contribution and net.contribution.model_dump(),
+        "analysis": stored and stored[0].model_dump(),
     }
     try:
         validated(NetHeader, header, path)
@@ -153,10 +163,11 @@ def read_net(
     _check_tensors(header, tensors, path)
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     _legacy_names(header, weights)
-    errors = []
-    for candidate in candidates(header, weights, path) if model is None else [copy_model(unwrap(model))]:
+    file, errors = _File(path, header, tensors, weights), []
+    for candidate, make in candidates(header, weights, path) if model is None else [(copy_model(unwrap(model)), None)]:
         try:
-            net = _rebuild(kind, candidate, header, weights, tensors, path)
+            net = None if make is None else _without_capture(kind, candidate, make, file)
+            net = net or _rebuild(kind, candidate, file)
             return net.to(device) if device is not None else net
         except CaptureError:  # a model that cannot even run on the net's images
             errors.append(str(_other_model(candidate, path)))
@@ -165,10 +176,25 @@ def read_net(
     raise CheckpointError(errors[0])
 
 
+@dataclass
+class _File:
+    """What a file holds."""
+
+    path: object
+    header: NetHeader
+    tensors: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        self.types = {t.dtype for t in self.weights.values() if t.is_floating_point()}
+        self.lineage = [self.tensors[f"lineage.{k}"] for k in range(self.header.lineage)]
+
+
 def _check_tensors(header: NetHeader, tensors: Mapping[str, Tensor], path: object) -> None:
     """What can be said about the tensors before there is a model."""
     listed = ["levels", *(f"lineage.{k}" for k in range(header.lineage)), *(["probe"] if header.probe else [])]
-    others = [n for n in tensors if not n.startswith("model.") and n not in listed]
+    own = ("model.", "analysis.") if header.analysis else "model."
+    others = [n for n in tensors if not n.startswith(own) and n not in listed]
     wrong = next((f"{n} is missing" for n in listed if n not in tensors), None) or next(iter(others), None)
     if wrong:
         raise CheckpointError(f"{path}: damaged: its tensors are not those of a net ({wrong}).")
@@ -205,39 +231,83 @@ def _legacy_names(header: NetHeader, weights: dict[str, Tensor]) -> None:
             weights[name.removeprefix(prefix)] = weights.pop(name)
 
 
-def _rebuild(
-    kind: type[NetT],
-    model: nn.Module,
-    header: NetHeader,
-    weights: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-    path: object,
-) -> NetT:
-    problem = same_names(dict(_unique(model)), weights, header.lineage > 0)
+def _rebuild(kind: type[NetT], model: nn.Module, file: _File) -> NetT:
+    problem = same_names(dict(_unique(model)), file.weights, file.header.lineage > 0)
     if problem:
-        raise _other_model(model, path, problem)
-    stored = {t.dtype for t in weights.values() if t.is_floating_point()}
-    captured = getattr(torch, header.dtype) if header.dtype else next(iter(stored), torch.float32)
-    if len(stored) == 1:
-        model.to(captured)
+        raise _other_model(model, file.path, problem)
+    model, analysis, doubt = _analysed(model, file)
+    return _filled(kind, model, analysis, file, doubt)
+
+
+def _analysed(model: nn.Module, file: _File) -> tuple[nn.Module, Analysis, str | None]:
+    """The model captured in all modes, with the units of the file; it and what is found are compared with the file."""
+    header = file.header
+    if len(file.types) == 1:
+        model.to(getattr(torch, header.dtype) if header.dtype else next(iter(file.types)))
     analysis = find_units(model, tuple(header.image_size), tuple(header.modes))
-    lineage = [tensors[f"lineage.{k}"] for k in range(header.lineage)]
-    for copies in lineage:
+    for copies in file.lineage:
         if copies.shape != (analysis.num_units,):
-            raise _other_model(model, path)
+            raise _other_model(model, file.path)
         analysis, slices = restrict(analysis, copies)
         model = sliced_copy(model, slices)
-    doubt = _compare_programs(analysis, header, path)
+    doubt = _compare_programs(analysis, header, file.path)
     if fingerprint(analysis) != header.fingerprint:
-        raise _other_model(model, path, "its units differ")
-    levels = _checked_levels(analysis, header, tensors["levels"], path)
-    net = kind(model, analysis, levels, header.budgets, header.reference_macs, _origin(header), lineage)
-    if len(stored) == 1:
-        net.to(next(iter(stored)))
-    _take_over(net.model, weights, path)
+        raise _other_model(model, file.path, "its units differ")
+    return model, analysis, doubt
+
+
+@dataclass
+class _Completion:
+    """Captures what `_without_capture` left out."""
+
+    make: Callable[[], nn.Module]
+    file: _File
+
+    def __call__(self) -> Analysis:
+        return _analysed(self.make(), self.file)[1]
+
+
+def _without_capture(kind: type[NetT], model: nn.Module, make: Callable[[], nn.Module], file: _File) -> NetT | None:
+    """The net with the analysis that the file holds, for inference; None where that does not do.
+
+    The stored program is what the net computes, and the stored scores prove it. The model's code matters when the
+    train mode is captured (`NestedNet.complete`), and is compared then; another torch, or modules that print
+    themselves differently, are reason enough to do it now.
+    """
+    stored, header = file.header.analysis, file.header
+    own = dict(_unique(model))
+    if stored is None or _release(header.versions.get("torch", "")) != _release(torch.__version__):
+        return None
+    if same_names(own, file.weights, sliced=True) or code_of(model) != stored.code:
+        return None
+    try:
+        analysis = unpack_analysis(stored, file.tensors, tuple(header.image_size))
+        for name, tensor in own.items():
+            _check_type(name, tensor, file.weights[name], file.path)
+        if fingerprint(analysis) != header.fingerprint or _compare_programs(analysis, header, file.path):
+            return None
+        net = _filled(
+            kind, copy_with(model, {n: t.clone() for n, t in file.weights.items()}), analysis, file
+        )  # aligned
+    except (CheckpointError, *DAMAGE):  # the long way finds out what is wrong, and says so
+        return None
+    if True in header.modes:
+        types = {name: tensor.new_empty(0) for name, tensor in file.weights.items()}
+        lineage = {f"lineage.{k}": copies for k, copies in enumerate(file.lineage)}
+        net.completion = _Completion(make, replace(file, tensors=lineage, weights=types))
+    return net
+
+
+def _filled(kind: type[NetT], model: nn.Module, analysis: Analysis, file: _File, doubt: str | None = None) -> NetT:
+    header, path = file.header, file.path
+    levels = _checked_levels(analysis, header, file.tensors["levels"], path)
+    net = kind(model, analysis, levels, header.budgets, header.reference_macs, _origin(header), file.lineage)
+    if len(file.types) == 1:
+        net.to(next(iter(file.types)))
+    _take_over(net.model, file.weights, path)
     net.notes = list(header.notes)
     net.contribution = header.contribution
-    _compare_scores(net, header, tensors, doubt, path)
+    _compare_scores(net, header, file.tensors, doubt, path)
     if header.version == 1 and _WITHOUT not in net.notes:
         net.notes.append(_WITHOUT)
     return net.eval()
@@ -320,18 +390,23 @@ def _take_over(model: nn.Module, tensors: Mapping[str, Tensor], path: object) ->
     with torch.no_grad():
         for name, tensor in own.items():
             stored = tensors[name]
-            if tensor.is_floating_point() != stored.is_floating_point() or (
-                not tensor.is_floating_point() and tensor.dtype != stored.dtype
-            ):
-                what = "a tensor of a wrong type"
-                got, expected = _plain(stored.dtype), _plain(tensor.dtype)
-                raise CheckpointError(explain(what, where=f"{path}: {name}", got=got, expected=expected))
+            _check_type(name, tensor, stored, path)
             if tensor.dtype == stored.dtype:
                 tensor.copy_(stored)
             else:
                 tensor.data = stored.clone()
             if _is_broken(tensor):
                 raise CheckpointError(explain("weights that are not finite numbers", where=f"{path}: {name}"))
+
+
+def _check_type(name: str, tensor: Tensor, stored: Tensor, path: object) -> None:
+    if tensor.is_floating_point() == stored.is_floating_point() and (
+        tensor.is_floating_point() or tensor.dtype == stored.dtype
+    ):
+        return
+    what = "a tensor of a wrong type"
+    got, expected = _plain(stored.dtype), _plain(tensor.dtype)
+    raise CheckpointError(explain(what, where=f"{path}: {name}", got=got, expected=expected))
 
 
 # ------------------------------------------------------------------------------------------------- pickle

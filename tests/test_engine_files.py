@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from stepping_plugin.cli import main
 from stepping_plugin.engine import compile_engine, load_engine
-from stepping_plugin.engine.files import find_operator
 from stepping_plugin.errors import CheckpointError, SteppingError
+from stepping_plugin.files.graphs import find_operator
 from stepping_plugin.files.origin import describe_origin
 
 MODELS = ("test_resnet", "test_vit")
@@ -172,7 +172,7 @@ def change(header, what):
 DEFECTS = {
     "version": "unknown version.*Update",
     "old version": "unknown version.*Make it again",
-    "operator": r"step 1: operator that engine files may not call; got aten\.from_file",
+    "operator": r"step 1: operator that files may not call; got aten\.from_file",
     "mutating": r"may not call; got aten\.relu_",
     "python": r"may not call; got os\.system",
     "kernel": "may not call; got kernels",

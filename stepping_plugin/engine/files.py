@@ -1,31 +1,27 @@
 """Engines as files: one safetensors file with the constants of all step programs and their graphs as JSON.
 
-Nothing in the file is executed. A graph is rebuilt node by node, and a node may only call an operator of a fixed
-list: functional ATen operators that the package knows, `getitem`, `mul` of sizes, and the functions in
-`engine.kernels`. Names that end up in generated code are made or checked here, never taken over as they are.
+Nothing in the file is executed: `files.graphs` says what a graph may call. Names that end up in generated code are made
+or checked here, never taken over as they are.
 """
 
 from __future__ import annotations
 
-import keyword
-import math
-import operator
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import CheckpointError, SteppingError, explain
+from ..errors import CheckpointError, SteppingError
+from ..files.graphs import DAMAGE, checked, decode, decode_call, encode, encode_call, plain_name, read_dtype
 from ..files.headers import EngineHeader, Probe, validated
 from ..files.probe import compare_scores, probe_images, quiet
 from ..graph.describe import draws
 from ..graph.device import usable_device
-from ..graph.rules import RULES
 from ..tensorfile import ENGINE, checked_path, not_finite, pack_header, read_file, write_tensors
 from .emit import IMAGE, SCORES, StepProgram
 from .kernels import KERNELS
@@ -37,55 +33,7 @@ __all__ = ["pack_engine", "read_engine", "save_engine", "unpack_engine"]
 # 2 has a cache per level, and norms keep other statistics; 3 has checksums and a probe. `_OLDEST` can still be read.
 VERSION, _OLDEST = 3, 2
 _PROBE = Probe(seed=1, batch=1)
-_LARGEST = 2**28  # numbers in one value of a step program
-
-# What step programs call besides the operators that have a label rule. All are functional.
-_FURTHER = {
-    "_native_batch_norm_legit_no_training", "_softmax", "_weight_norm", "addmm", "arange", "arange.start",
-    "arange.start_step", "baddbmm", "eye", "full", "gather", "grid_sampler_2d", "max_pool2d_with_indices", "mm",
-    "native_group_norm", "native_layer_norm", "norm.ScalarOpt_dim", "one_hot", "ones", "scalar_tensor", "sort",
-    "split.Tensor", "split_with_sizes", "sum.dim_IntList", "sym_size.int", "topk", "tril", "triu", "unbind.int",
-    "var_mean.correction", "zeros",
-}  # fmt: skip
-_PYTHON: dict[str, Callable[..., Any]] = {"getitem": operator.getitem, "mul": operator.mul}
 _CONSTANT = re.compile(r"t\d+")
-_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last,
-            "preserve": torch.preserve_format}  # fmt: skip
-
-
-def find_operator(name: str) -> Callable[..., Any] | None:
-    """The operator of an allowed name such as `aten.conv2d`, `aten.add.Tensor`, `kernels.next_norm` or `mul`."""
-    space, _, rest = name.partition(".")
-    if space == "kernels":
-        return KERNELS.get(rest)
-    if space != "aten":
-        return _PYTHON.get(name)
-    base, _, overload = rest.partition(".")
-    found = getattr(getattr(torch.ops.aten, base, None), overload or "default", None)
-    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable:
-        return None
-    return found if rest in _FURTHER or rest in RULES or torch.Tag.pointwise in found.tags else None
-
-
-def operator_name(target: Any) -> str:
-    """The name by which `find_operator` finds an operator.
-
-    Raises:
-        SteppingError: it is not on the list.
-    """
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.replace("::", ".")
-        name += "" if target._overloadname == "default" else f".{target._overloadname}"
-    elif target in KERNELS.values():
-        name = f"kernels.{target.__name__}"
-    else:
-        name = getattr(target, "__name__", str(target))
-    if find_operator(name) is not target:
-        raise SteppingError(
-            f"save: the step programs call {name}, which engine files cannot name. Save the net instead "
-            "(net.save) and call deploy() after loading it."
-        )
-    return name
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -112,7 +60,7 @@ def save_engine(engine: ProgramSet, path: str | os.PathLike[str]) -> None:
         "format": ENGINE,
         "version": VERSION,
         "image_size": list(engine.image_size),
-        "dtype": _plain_name(engine.dtype),
+        "dtype": plain_name(engine.dtype),
         "macs": list(engine.macs),
         "cache_axes": {name: None if axis is None else list(axis) for name, axis in engine.cache_axes.items()},
         "programs": programs,
@@ -156,11 +104,9 @@ def _describe(program: StepProgram, tensors: dict[str, Tensor]) -> dict[str, Any
         if node.op == "get_attr":
             entry["target"] = names.setdefault(node.target, f"t{len(names)}")
         elif node.op == "call_function":
-            entry["target"] = operator_name(node.target)
-        if node.op in ("call_function", "output"):
+            entry.update(encode_call(node, numbers, KERNELS))
+        elif node.op == "output":
             entry["args"] = [encode(a, numbers) for a in node.args]
-        if node.kwargs:
-            entry["kwargs"] = {k: encode(v, numbers) for k, v in node.kwargs.items()}
         nodes.append(entry)
     for own, name in names.items():
         tensors[f"step{program.level}.{name}"] = program.module.get_buffer(own).detach().cpu().contiguous()
@@ -174,37 +120,7 @@ def _describe(program: StepProgram, tensors: dict[str, Tensor]) -> dict[str, Any
     }
 
 
-def _plain_name(value: Any) -> str:
-    return str(value).removeprefix("torch.")
-
-
-def encode(value: Any, numbers: Mapping[fx.Node, int]) -> Any:
-    """An argument as JSON: nodes by number, torch's own kinds of value by name."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, fx.Node):
-        return {"node": numbers[value]}
-    if isinstance(value, tuple):
-        return {"tuple": [encode(v, numbers) for v in value]}
-    if isinstance(value, list):
-        return [encode(v, numbers) for v in value]
-    if isinstance(value, torch.dtype):
-        return {"dtype": _plain_name(value)}
-    if isinstance(value, torch.memory_format):
-        return {"memory_format": next(k for k, v in _FORMATS.items() if v == value)}
-    if isinstance(value, torch.device):
-        return {"device": "here"}  # wherever the engine is loaded to
-    if value == torch.strided:
-        return {"layout": "strided"}
-    raise SteppingError(f"save: an argument of type {type(value).__name__} has no form in an engine file.")
-
-
 # ------------------------------------------------------------------------------------------------- reading
-
-
-# What the rebuilding and running of a graph raises where its description is not that of one.
-_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, StopIteration,
-           ArithmeticError, MemoryError)  # fmt: skip
 
 
 def read_engine(path: str | os.PathLike[str], device: str | torch.device | None = None) -> ProgramSet:
@@ -218,7 +134,7 @@ def read_engine(path: str | os.PathLike[str], device: str | torch.device | None 
             programs,
             header.macs,
             tuple(header.image_size),
-            _dtype(header.dtype),
+            read_dtype(header.dtype),
             device,
             {name: None if axis is None else BatchAxis(*axis) for name, axis in header.cache_axes.items()},
         )
@@ -227,7 +143,7 @@ def read_engine(path: str | os.PathLike[str], device: str | torch.device | None 
         _check_scores(engine, header, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{path}: the description of the engine is damaged ({error}).") from None
     return engine
 
@@ -250,19 +166,6 @@ def _check_scores(engine: ProgramSet, header: EngineHeader, tensors: Mapping[str
         raise CheckpointError(f"the engine computes something else than when it was saved: {problem}.")
 
 
-def _checked(value: Any, kind: type) -> Any:
-    if isinstance(value, bool) or not isinstance(value, kind) or (kind is int and value < 0):
-        raise ValueError(f"{value!r} is no {kind.__name__}")
-    return value
-
-
-def _dtype(name: Any) -> torch.dtype:
-    found = getattr(torch, _checked(name, str), None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype")
-    return found
-
-
 class _Reader:
     """Rebuilds one step program.
 
@@ -282,7 +185,7 @@ class _Reader:
         if self.entry["level"] != self.level:
             raise ValueError(f"step {self.entry['level']!r} in place of step {self.level}")
         inputs, outputs, released = (
-            tuple(_checked(name, str) for name in self.entry[key]) for key in ("inputs", "outputs", "released")
+            tuple(checked(name, str) for name in self.entry[key]) for key in ("inputs", "outputs", "released")
         )
         for entry in self.entry["nodes"]:
             self.nodes.append(self._node(entry))
@@ -292,7 +195,7 @@ class _Reader:
             raise ValueError(f"step {self.level} has {self.inputs} inputs and {len(results)} outputs")
         if any(not isinstance(result, fx.Node) for result in results):
             raise ValueError(f"step {self.level} returns something that is not computed")
-        macs = _checked(self.entry["macs"], int)
+        macs = checked(self.entry["macs"], int)
         return StepProgram(self.level, fx.GraphModule(self.root, self.graph), inputs, outputs, macs, released)
 
     def _node(self, entry: Any) -> fx.Node:
@@ -301,32 +204,15 @@ class _Reader:
             self.inputs += 1
             return self.graph.placeholder(f"cache_{self.inputs}")
         if kind == "get_attr":
-            return self._constant(_checked(entry["target"], str))
-        args = tuple(self._decode(a) for a in entry["args"])
+            return self._constant(checked(entry["target"], str))
         if kind == "output":
-            return self.graph.output(tuple(args[0]))
+            return self.graph.output(tuple(decode(entry["args"][0], self.nodes, self.device)))
         if kind != "call_function":
             raise CheckpointError(f"step {self.level} has a node of kind {kind!r}, which no engine file contains.")
-        target = find_operator(_checked(entry["target"], str))
-        if target is None:
-            raise CheckpointError(
-                explain(
-                    "operator that engine files may not call",
-                    where=f"step {self.level}",
-                    got=entry["target"],
-                    action="The file is foreign, or written by another version; save the engine again.",
-                )
-            )
-        if target is operator.mul and not all(isinstance(a, (fx.Node, int)) for a in args):
-            raise ValueError("mul of something that is no size")
-        kwargs = {self._keyword(k): self._decode(v) for k, v in entry.get("kwargs", {}).items()}
-        return self.graph.call_function(target, args, kwargs)
-
-    def _keyword(self, name: str) -> str:
-        """Keywords become part of generated code: nothing but a name may pass."""
-        if not name.isidentifier() or keyword.iskeyword(name):
-            raise ValueError(f"{name!r} is no keyword of an operator")
-        return name
+        try:
+            return self.graph.call_function(*decode_call(entry, self.nodes, self.device, KERNELS))
+        except CheckpointError as error:
+            raise CheckpointError(f"step {self.level}: {error}") from None
 
     def _constant(self, name: str) -> fx.Node:
         if not _CONSTANT.fullmatch(name):
@@ -335,32 +221,6 @@ class _Reader:
             value = self.tensors[f"step{self.level}.{name}"].to(self.device)
             self.root.register_buffer(name, value.clone())  # aligned: matrix products round by alignment
         return self.graph.get_attr(name)
-
-    def _decode(self, value: Any) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return _bounded(value)
-        if isinstance(value, list):
-            return _bounded([self._decode(v) for v in value])
-        ((kind, content),) = value.items()
-        if kind == "node":
-            return self.nodes[_checked(content, int)]
-        if kind == "tuple":
-            return tuple(self._decode(v) for v in content)
-        if kind == "dtype":
-            return _dtype(content)
-        if kind == "memory_format":
-            return _FORMATS[content]
-        return {"device": self.device, "layout": torch.strided}[kind]
-
-
-def _bounded(value: Any) -> Any:
-    """Numbers that an operator may take for sizes must not ask for any amount of memory. Ends of slices may be huge."""
-    numbers = [v for v in (value if isinstance(value, list) else [value]) if type(v) is int]
-    if any(_LARGEST < abs(v) < 2**62 or abs(v) >= 2**63 for v in numbers) or (
-        len(numbers) > 1 and math.prod(max(1, abs(v)) for v in numbers) > _LARGEST
-    ):
-        raise ValueError(f"{str(value)[:60]}: sizes beyond {_LARGEST:,} numbers")
-    return value
 
 
 def _check_caches(engine: ProgramSet) -> None:

@@ -12,7 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..errors import CheckpointError
 
-__all__ = ["Contribution", "EngineHeader", "NetHeader", "Probe", "ProgramText", "is_harmless", "validated"]
+__all__ = [
+    "Contribution", "EngineHeader", "NetHeader", "Probe", "ProgramText", "StoredAnalysis", "is_harmless", "mode_name",
+    "validated",
+]  # fmt: skip
 
 Count = Annotated[int, Field(ge=0, le=10**18)]
 Size = Annotated[int, Field(ge=1, le=8192)]
@@ -72,6 +75,26 @@ class Contribution(_Strict):
     changed: list[Share]
 
 
+class StoredAnalysis(_Strict):
+    """See `units.stored`; the nodes are checked one by one there.
+
+    Attributes:
+        constants: number of the tensor `analysis.NUMBER` of every constant.
+        pins: reason, module, operator, channels.
+        code: hash of the model's modules, see `units.stored.code_of`.
+    """
+
+    nodes: list[dict[str, Any]]
+    constants: dict[str, Count]
+    mutations: list[str]
+    num_units: Count
+    pins: list[Annotated[list[str | int], Field(min_length=4, max_length=4)]]
+    unknown: dict[str, Count]
+    pinned_channels: Count
+    channels: Count
+    code: Digest
+
+
 class NetHeader(_Strict):
     """Header of a net. Files of version 1 lack what has a default here."""
 
@@ -91,6 +114,7 @@ class NetHeader(_Strict):
     programs: dict[str, ProgramText] | None = None
     probe: Probe | None = None
     contribution: Contribution | None = None
+    analysis: StoredAnalysis | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> NetHeader:

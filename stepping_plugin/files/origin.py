@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import timm
@@ -66,8 +67,10 @@ def _inferred(model: nn.Module) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def candidates(header: NetHeader, tensors: Mapping[str, Tensor], path: object) -> Iterator[nn.Module]:
-    """Models that a file may mean: timm does not say which of them take an image size.
+def candidates(
+    header: NetHeader, tensors: Mapping[str, Tensor], path: object
+) -> Iterator[tuple[nn.Module, Callable[[], nn.Module]]]:
+    """Models that a file may mean, each with what makes it again: timm does not say which of them take an image size.
 
     Only registered names are built (nothing is fetched or executed), and no more than the file's tensors account for.
 
@@ -85,9 +88,10 @@ def candidates(header: NetHeader, tensors: Mapping[str, Tensor], path: object) -
     extras: list[dict[str, Any]] = [{}, {"img_size": tuple(size)}, {"img_size": size[0]}]
     for given in (kwargs, {k: v for k, v in kwargs.items() if k not in _INFERRED}):
         for extra in extras:
+            make = partial(timm.create_model, name, pretrained=False, **{**extra, **given})
             try:
                 with _bounded(tensors, header.lineage > 0):
-                    model = timm.create_model(name, pretrained=False, **{**extra, **given})
+                    model = make()
             except _TooLargeError:
                 failure = "it is larger than the file"
                 continue
@@ -95,7 +99,7 @@ def candidates(header: NetHeader, tensors: Mapping[str, Tensor], path: object) -
                 failure = failure or f"{type(error).__name__}: {error}"
                 continue
             built = True
-            yield model
+            yield model, make
         if built:
             return
     raise CheckpointError(

@@ -21,7 +21,7 @@ from .build import NestedGraph, build_nested
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["NestedModule", "direct_weights", "sliced_copy", "weight_layouts"]
+__all__ = ["NestedModule", "copy_with", "direct_weights", "sliced_copy", "weight_layouts"]
 
 # What timm users call on a model and stays meaningful: the classifier and the structure of parameter groups.
 _DELEGATED = (
@@ -51,10 +51,17 @@ class NestedModule(nn.Module):
     def __init__(self, model: nn.Module, analysis: Analysis, n: int, standalone: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.analysis = analysis
-        self._graphs = {t: build_nested(p, n, standalone) for t, p in analysis.programs.items()}
-        self._slots: dict[bool, list[tuple[nn.Module, str]]] = {}
         self._parts = _parts_of(model)
+        self._form = n, standalone
+        self._adopt(analysis)
+
+    def _adopt(self, analysis: Analysis) -> None:
+        """Build the graphs, without masks and levels: `refresh` is to follow."""
+        for name in [b for b in self._buffers if b.startswith(("_mask_", "_constant_", "_levels_"))]:
+            del self._buffers[name]
+        self.analysis = analysis
+        self._graphs = {t: build_nested(p, *self._form) for t, p in analysis.programs.items()}
+        self._slots: dict[bool, list[tuple[nn.Module, str]]] = {}
         self._masks = {name: f"_mask_{k}" for k, name in enumerate(analysis.weight_units)}
         self._layouts = weight_layouts(analysis)
         self._constants: dict[tuple[bool, str], str] = {}
@@ -220,10 +227,15 @@ def direct_weights(analysis: Analysis) -> set[str]:
 
 def sliced_copy(model: nn.Module, slices: dict[str, ParameterSlice]) -> nn.Module:
     """Copy of a model in which some parameters and buffers are sliced. Tensors shared by several names stay shared."""
+    tensors = named_tensors(model)
+    return copy_with(model, {name: piece.apply(tensors[name].detach()).clone() for name, piece in slices.items()})
+
+
+def copy_with(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    """Copy of a model with other values for some parameters and buffers, of any shape; what is shared stays shared."""
     made: dict[int, Any] = {}
     tensors = named_tensors(model)
-    for name, piece in slices.items():
+    for name, value in values.items():
         tensor = tensors[name]
-        value = piece.apply(tensor.detach()).clone()
         made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     return copy.deepcopy(model, made)  # the memo makes the copy take these tensors instead of copying the originals

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -63,6 +63,7 @@ class NestedNet(NestedModule):
         self.origin = dict(origin or {})
         self.lineage = [c.clone() for c in lineage]
         self.notes: list[str] = []
+        self.completion: Callable[[], Analysis] | None = None  # of a net loaded for inference, see `complete`
         self.contribution: Contribution | None = None  # measured last; see `SteppingNet.measure`
         self._active = len(self.budgets)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -115,6 +116,7 @@ class NestedNet(NestedModule):
 
         Parameters are new objects; make the optimizer afterwards.
         """
+        self.complete()
         self.check_structure()
         kept = self.levels <= self.num_subnets
         analysis, slices = restrict(self.analysis, kept.long())
@@ -127,8 +129,33 @@ class NestedNet(NestedModule):
 
     def extract(self, subnet: int) -> Subnet:
         """Subnet `subnet` (1..N) as a standalone module, physically without the other units."""
+        self.complete()
         self.check_structure()
         return extract_subnet(self.model, self.analysis, self.levels, self._subnet(subnet)).train(self.training)
+
+    def complete(self) -> None:
+        """Capture the train mode of a net that was loaded without it, which `load` leaves to whoever needs it.
+
+        `train()`, `fit`, `extract` and `compact` call this; it takes as long as a conversion, and does nothing later.
+
+        Raises:
+            CheckpointError: the model's code computes something else than the net that was saved.
+        """
+        if self.completion is None:
+            return
+        analysis, self.completion = self.completion(), None
+        self._adopt(analysis)
+        self.macs_model = MacModel(analysis)
+        self.refresh(self.levels)
+        reference = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
+        for name in self._constants.values():
+            value = getattr(self, name)
+            self._set_buffer(name, value.to(reference if value.is_floating_point() else reference.device))
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.complete()
+        return super().train(mode)
 
     # ------------------------------------------------------------------------------------------ running
 

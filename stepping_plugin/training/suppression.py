@@ -193,6 +193,7 @@ def _units_by_gradient(net: NestedNet, unknown: dict[str, nn.Parameter]) -> dict
     For example a resampled position embedding, or a class token repeated over the batch. An element has the
     unit of the one channel of the operand that depends on it.
     """
+    net.complete()
     program = net.analysis.programs.get(True) or net.analysis.eval_program
     values = {**{k: v.detach() for k, v in named_tensors(net.model).items()}, **program.constants}
     found: dict[str, Tensor] = {}
