@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from .console.progress import stage
 from .engine import Engine, compile_engine
+from .engine.engine import exact_subnet
+from .engine.exact import ExactSubnet
 from .files.headers import Contribution
 from .graph.device import on_cpu_by_default
 from .nested.net import NestedNet
+from .nested.subnet import Subnet
 from .reconstruction.reconstruct import Reconstruction, reconstruct
 from .serialization import pack_net, read_net, unpack_net, write_net
 from .training.loop import History, fit
@@ -47,6 +50,17 @@ class SteppingNet(NestedNet):
     def deploy(self, *, compile: bool | Mapping[str, Any] = False) -> Engine:
         """Compile the incremental engine, see `engine.compile_engine`."""
         return compile_engine(self, compile=compile)
+
+    def extract(self, subnet: int, *, exact: bool = False) -> Subnet | ExactSubnet:  # type: ignore[override]
+        """Subnet `subnet` (1..N) as a standalone module, physically without the other units.
+
+        Args:
+            subnet: its number.
+            exact: in block form, one layer per level, for inference only: executes the MACs that `macs` says. Otherwise
+                layers stay whole, dead synapses are zeros in their weights, and kernels multiply them: `dense_macs`,
+                which `summary` shows beside `macs`, up to twice as many. Such a module can be trained further.
+        """
+        return exact_subnet(self, self._subnet(subnet)) if exact else super().extract(subnet)
 
     def measure(self, images: Tensor | Iterable[Tensor]) -> Contribution:
         """Measure what every level adds, keep it in `contribution` for `summary` and files, and return it.

@@ -19,6 +19,7 @@ from ..graph.program import named_tensors
 from ..nested.net import NestedNet
 from .clock import StepClock
 from .emit import SCORES, emit_steps
+from .exact import ExactSubnet
 from .exit import ExitRule, as_rule, stop_now
 from .export import export_engine
 from .files import pack_engine, read_engine, save_engine, unpack_engine
@@ -27,7 +28,7 @@ from .plan import Plan, batch_axes
 from .program_set import ProgramSet
 from .session import Session
 
-__all__ = ["Engine", "Prediction", "compile_engine", "load_engine"]
+__all__ = ["Engine", "Prediction", "compile_engine", "exact_subnet", "load_engine"]
 
 
 @dataclass
@@ -243,16 +244,27 @@ def compile_engine(net: NestedNet, *, compile: bool | Mapping[str, Any] = False)
         net: its parameters are copied, sliced by level.
         compile: run the step programs through `torch.compile`; a mapping holds its options.
     """
+    engine = Engine(**vars(_step_programs(net, net.levels, net.num_subnets)), changed=_watch(net))
+    return engine.compile(**_compile_options(compile)) if compile else engine
+
+
+def exact_subnet(net: NestedNet, subnet: int) -> ExactSubnet:
+    """Subnet `subnet` (1..N) as a module of its own in block form, see `ExactSubnet`. The parameters are copied."""
+    levels = net.levels
+    levels = torch.where(levels > subnet, subnet + 1, levels)  # spare: nothing of a later step is prepared
+    return ExactSubnet(_step_programs(net, levels, subnet))
+
+
+def _step_programs(net: NestedNet, levels: Tensor, n: int) -> ProgramSet:
     net.check_structure()
     with torch.no_grad():
-        plan = Plan(net.analysis.eval_program, net.levels, net.num_subnets, _lookup(net))
+        plan = Plan(net.analysis.eval_program, levels, n, _lookup(net))
         programs, sources = emit_steps(plan)
     dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
     macs = [sum(p.macs for p in programs[: k + 1]) for k in range(len(programs))]
     found = batch_axes(plan.program)
     axes = {name: found[node] for name, node in sources.items()}
-    engine = Engine(programs, macs, tuple(net.analysis.image_size), dtype, plan.device, axes, _watch(net))
-    return engine.compile(**_compile_options(compile)) if compile else engine
+    return ProgramSet(programs, macs, tuple(net.analysis.image_size), dtype, plan.device, axes)
 
 
 def load_engine(

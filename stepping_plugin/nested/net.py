@@ -127,8 +127,20 @@ class NestedNet(NestedModule):
         net.notes = list(self.notes)
         return net.train(self.training)
 
+    @property
+    def dense_macs(self) -> list[int]:
+        """MACs that `extract(1)` to `extract(N)` execute: as `macs`, but with the zeros of dead synapses multiplied."""
+        levels = self.levels
+        alone = [
+            self.macs_model.executed_macs(torch.where(levels <= i, 1, 2), 1) for i in range(1, len(self.budgets) + 1)
+        ]
+        return [int(macs) for macs in alone]
+
     def extract(self, subnet: int) -> Subnet:
-        """Subnet `subnet` (1..N) as a standalone module, physically without the other units."""
+        """Subnet `subnet` (1..N) as a standalone module, physically without the other units.
+
+        Dead synapses are zeros in its weights: it executes `dense_macs`, not `macs`.
+        """
         self.complete()
         self.check_structure()
         return extract_subnet(self.model, self.analysis, self.levels, self._subnet(subnet)).train(self.training)

@@ -15,8 +15,9 @@ __all__ = ["Subnet", "extract_subnet"]
 class Subnet(NestedModule):
     """Subnet i as a standalone module: images (B, C, H, W) to class scores (B, classes).
 
-    Dead synapses are zeros in its weights. Training it further may revive them: the result is an ordinary network,
-    not a subnet any more.
+    Dead synapses are zeros in its weights, and dense kernels multiply them: it executes more MACs than the subnet is
+    named for (`SteppingNet.summary` shows both numbers). Training it further may revive them: the result is an ordinary
+    network, not a subnet any more.
     """
 
     def forward(self, x: Tensor) -> Tensor:

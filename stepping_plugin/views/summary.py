@@ -39,14 +39,25 @@ def summary(net: NestedNet) -> Group:
 
 
 def _subnets(net: NestedNet) -> Table:
-    table = Table(title=f"Subnets (M_t = {human_macs(net.reference_macs)} MACs)")
-    for column in ("subnet", "MACs", "of M_t", "step", "budget", "below budget"):
+    table = Table(
+        title=f"Subnets (M_t = {human_macs(net.reference_macs)} MACs)",
+        caption="extract(i) multiplies the zeros of dead synapses; engine and extract(i, exact=True) execute the MACs.",
+    )
+    for column in ("subnet", "MACs", "of M_t", "step", "budget", "below budget", "extract(i)"):
         table.add_column(column, justify="right")
     previous = 0
-    for i, (macs, budget) in enumerate(zip(net.macs, net.budgets), start=1):
+    for i, (macs, budget, dense) in enumerate(zip(net.macs, net.budgets, net.dense_macs), start=1):
         gap = f"{100 * (budget - macs) / budget:.2f} %"
         share = f"{100 * macs / net.reference_macs:.2f} %"
-        table.add_row(str(i), human_macs(macs), share, "+" + human_macs(macs - previous), human_macs(budget), gap)
+        table.add_row(
+            str(i),
+            human_macs(macs),
+            share,
+            "+" + human_macs(macs - previous),
+            human_macs(budget),
+            gap,
+            human_macs(dense),
+        )
         previous = macs
     return table
 
