@@ -217,6 +217,74 @@ def comparison() -> str:
     return summary_table(read_all(RESULTS))
 
 
+SHORT = {"steppingnet-long": "SteppingNet", "slimmable": "slimmable", "tp-magnitude": "separately pruned"}
+
+
+def comparison_short() -> str:
+    """Mean over the budgets at equal executed MACs, of the three that matter most."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for r in read_all(RESULTS):
+        if r.status == "done" and r.variant in SHORT:
+            found.setdefault((r.variant, r.recipe), []).append(100 * _mean([a.accuracy for a in r.executed]))
+    recipes = sorted({recipe for variant, recipe in found if variant == "steppingnet-long"})
+    rows = [[label, *[f"{_mean(found[variant, recipe]):.2f}" for recipe in recipes]] for variant, label in SHORT.items()]
+    return markdown(["at equal executed MACs, mean over four budgets, %", *[f"`{r}`" for r in recipes]], rows)
+
+
+def headlines() -> str:
+    """Three figures for people who read nothing else, each with where it comes from."""
+    engine = next(r for r in bench("engine-1-thread")["results"] if (r["model"], r["batch_size"]) == ("resnet18", 8))
+    shares = {recipe: _exit_share(own[0]) for recipe, own in runs().items()}
+    early = ", ".join(f"{share:.0%} (`{recipe}`)" for recipe, share in shares.items() if share is not None)
+    done = [r["status"] for name in ("coverage_results", "coverage_second") for r in
+            json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))]  # fmt: skip
+    rows = [
+        ["time of four answers, of one dense run", f"{engine['ratio']:.2f}; as four separate nets "
+         f"{engine['scratch_ratio']:.2f} (resnet18, batch 8, one thread)", _link("Engine", "engine")],
+        ["average MACs at which early exit is as accurate as the original", early, _link("Early exit", "early-exit")],
+        ["models that pass every check", f"{done.count('ok')} of {len(done)}", "[coverage](docs/results/coverage.md)"],
+    ]  # fmt: skip
+    return markdown(["", "", "measured in"], rows)
+
+
+def _exit_share(run: Json) -> float | None:
+    """Least average MACs, of the original's, at which pictures that stop early are as accurate as the original."""
+    enough = [p["macs"] for p in run["early_exit"]["points"] if p["accuracy"] >= run["original"]["accuracy"]]
+    return min(enough) / run["original"]["macs"] if enough else None
+
+
+def _link(title: str, anchor: str) -> str:
+    return f"[{title.lower()}](docs/results/measurements.md#{anchor})"
+
+
+def draw_executed() -> bytes:
+    """Accuracy against executed MACs where budgets arrive one after the other; two networks, mean over seeds."""
+    import io
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "executed"
+    figure = Figure(figsize=(9.2, 3.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    styles = {"steppingnet-long": ("#0b7285", "o-"), "slimmable": ("#e8590c", "s--"), "tp-magnitude": ("#868e96", "^:")}
+    for panel, (recipe, title) in zip(panels, {"compare_lenet5": "LeNet-5", "compare_resnet": "residual net"}.items()):
+        own = [r for r in read_all(RESULTS) if r.status == "done" and r.recipe == recipe]
+        for variant, (colour, style) in styles.items():
+            answers = [r.executed for r in own if r.variant == variant]
+            macs = [100 * a.executed / own[0].reference.macs for a in answers[0]]
+            means = [100 * _mean([run[i].accuracy for run in answers]) for i in range(len(macs))]
+            panel.plot(macs, means, style, color=colour, label=SHORT[variant])
+        panel.set(title=f"{title}, Fashion-MNIST", xlabel="executed MACs, % of the original")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#e4e7eb")
+    panels[0].set_ylabel("accuracy, %")
+    panels[0].legend(frameon=False, loc="lower right")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def levels_study() -> str:
     """SteppingNet of today and of the comparison page, and what they are measured by."""
     found = {(r.recipe, r.variant, r.seed): r for r in read_all(RESULTS) if r.status == "done"}
@@ -279,6 +347,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "coverage": coverage,
     "left-out": left_out,
     "comparison": comparison,
+    "comparison-short": comparison_short,
+    "headlines": headlines,
     "levels-study": levels_study,
     "levels-trials": levels_trials,
     "one-shot-cifar": one_shot_cifar,
@@ -357,6 +427,7 @@ def main() -> None:
         if text != wanted:
             path.write_text(wanted, encoding="utf-8")
             print(f"updated {path}")
+    (ROOT / "docs" / "pictures" / "executed.svg").write_bytes(draw_executed())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,12 @@ def test_code_runs(page, tmp_path, monkeypatch):
     exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "page"})
 
 
+def test_the_example_of_the_readme_prints_what_it_says(capsys):
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    exec(compile(_BLOCK.search(text)[1], "README.md", "exec"), {"__name__": "page"})
+    assert capsys.readouterr().out == re.search(r"```text\n(.*?)```", text, re.DOTALL)[1]
+
+
 def _leaves(entries) -> list[str]:
     """Pages below an entry of the navigation."""
     if isinstance(entries, str):
