@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from .arguments import CLASSES, IMAGE, number, whole
 from .console.progress import manner
 from .errors import SteppingError
-from .runs.commands import add_export, add_run
+from .runs.commands import add_run
+from .runs.net_commands import add_export, add_predict, add_report
 from .runs.zoo import add_zoo
 from .studies.commands import add_bench, add_compare, add_coverage
 from .views.commands import add_inspect
@@ -131,7 +132,7 @@ _RANGES = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stepping", description="SteppingNet for image classifiers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_inspect, add_run, add_bench, add_export, add_compare, add_coverage, add_zoo):
+    for add in (add_inspect, add_run, add_predict, add_report, add_export, add_bench, add_compare, add_coverage, add_zoo):
         add(commands)
     _add_quiet(parser)
     for name, ranges in _RANGES.items():

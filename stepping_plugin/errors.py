@@ -6,7 +6,7 @@ A message says what went wrong, where, what was given, what was expected and wha
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "BudgetError",
@@ -15,6 +15,7 @@ __all__ = [
     "NestingError",
     "RecipeError",
     "SteppingError",
+    "closest",
     "explain",
     "image_shape_error",
     "nearest",
@@ -94,6 +95,23 @@ def nearest(key: object, valid: Iterable[object]) -> str:
         return f"did you mean {folded[close[0]]!r}?"
     more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
     return "valid: " + (", ".join(repr(name) for name in names[:_LISTED]) or "nothing here") + more
+
+
+def closest(key: object, valid: Iterable[str] | Mapping[str, str], most: int = 3) -> str:
+    """The hint that follows an unknown ``key`` where there are too many valid ones to list; empty if none is close.
+
+    Of a mapping, keys are compared and values shown.
+
+    >>> closest("resnett18", ["resnet18", "resnet18d", "vgg16"])
+    "Did you mean 'resnet18' or 'resnet18d'?"
+    """
+    shown = valid if isinstance(valid, Mapping) else {name: name for name in valid}
+    folded = {name.lower(): value for name, value in shown.items()}
+    close = difflib.get_close_matches(str(key).lower(), list(folded), n=most)
+    found = list(dict.fromkeys(repr(folded[name]) for name in close))
+    if not found:
+        return ""
+    return f"Did you mean {' or '.join([', '.join(found[:-1]), found[-1]] if len(found) > 1 else found)}?"
 
 
 def explain(

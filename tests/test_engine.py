@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stepping_plugin.engine import compile_engine, kernels, load_engine
 from stepping_plugin.errors import SteppingError
 from stepping_plugin.integrations.fvcore.counting import count_macs
-from stepping_plugin.studies.bench.engine import equal_levels
+from stepping_plugin.views.named import equal_levels
 
 
 @pytest.fixture(params=FAMILIES, scope="module")

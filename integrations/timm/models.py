@@ -28,7 +28,7 @@ from timm.layers import to_2tuple
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from stepping_plugin.errors import SteppingError, nearest
+from stepping_plugin.errors import SteppingError, closest
 
 __all__ = [
     "DigitsNet",
@@ -400,7 +400,8 @@ def require_model(name: str) -> None:
         SteppingError: it has not; names the nearest one.
     """
     if not timm.is_model(name):
-        raise SteppingError(f"model: timm has no model {name!r}; {nearest(name, timm.list_models())}")
+        hint = closest(name, timm.list_models()) or "timm.list_models() lists all."
+        raise SteppingError(f"model: timm has no model {name!r}. {hint}")
 
 
 def named_model(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Commands about one run: `stepping run`, `validate`, `export`."""
+"""Commands about recipes: `stepping run` and `validate`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..arguments import output_folder, whole
-
-__all__ = ["add_export", "add_run"]
+__all__ = ["add_run"]
 
 
 def add_run(commands: Any) -> None:
@@ -100,31 +98,4 @@ def _validate(arguments: argparse.Namespace) -> int:
     for i, (budget, macs) in enumerate(zip(facts["budgets"], facts["macs"]), start=1):
         table.add_row(str(i), human_macs(budget), human_macs(macs), f"{macs / facts['reference_macs']:.2%}")
     Console(soft_wrap=True).print(table, *facts["notes"])
-    return 0
-
-
-def add_export(commands: Any) -> None:
-    """`stepping export`."""
-    export = commands.add_parser("export", help="write the step programs of a net as torch.export or ONNX files")
-    export.add_argument("run", metavar="RUN", help="folder of `stepping run`, or a net.safetensors file")
-    export.add_argument("--format", choices=("torch", "onnx"), default="torch", help="kind of files (torch)")
-    export.add_argument(
-        "--output", type=output_folder, metavar="DIR", help="where to; default: export-FORMAT beside the net"
-    )
-    export.add_argument("--batch-size", type=whole(1, 65_536), help="fix the batch size; default: any")
-    export.set_defaults(command=_export)
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from ..net import load
-
-    source = Path(arguments.run)
-    if source.is_dir():
-        source = source / "net.safetensors"
-    folder = Path(arguments.output or source.parent / f"export-{arguments.format}")
-    manifest = load(source).deploy().export(folder, arguments.format, arguments.batch_size)
-    for note in manifest["notes"]:
-        print(note)
-    files = ", ".join(step["file"] for step in manifest["steps"])
-    print(f"{folder}: {files}, manifest.json (batch size: {manifest['batch']})")
     return 0

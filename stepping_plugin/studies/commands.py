@@ -11,6 +11,7 @@ from typing import Any
 
 from ..arguments import SEED, SUBNETS, device, number, output_file, output_folder, whole
 from ..errors import SteppingError
+from ..views.words import HELP
 
 __all__ = ["add_bench", "add_compare", "add_coverage"]
 
@@ -25,18 +26,18 @@ def add_bench(commands: Any) -> None:
     training.add_argument("--device", type=device, default="cpu", help="where to train (cpu)")
     training.set_defaults(command=_bench_training)
     engine = bench.add_parser("engine", help="the steps against the dense model and subnets from scratch")
-    engine.add_argument("models", nargs="*", metavar="MODEL", help="timm names; default: five common ones")
+    engine.add_argument("models", nargs="*", metavar="NET", help=f"{HELP}; default: five common timm models")
     engine.add_argument("--batch", type=whole(1, 65_536), nargs="+", default=[1, 8], help="batch sizes (1 8)")
-    engine.add_argument("--subnets", type=whole(1, SUBNETS), default=4, help="subnets of equal width shares (4)")
+    engine.add_argument("--subnets", type=whole(1, SUBNETS), default=4, help="of timm models, equally wide (4)")
     engine.add_argument("--turns", type=whole(1, 10_000), default=15, help="runs of everything; medians count (15)")
     engine.add_argument("--compile", action="store_true", help="through torch.compile")
     engine.set_defaults(command=_bench_engine)
     deadline = bench.add_parser("deadline", help="answers to random deadlines, with other work on the machine")
-    deadline.add_argument("models", nargs="*", metavar="MODEL", help="timm names; default: resnet18")
+    deadline.add_argument("models", nargs="*", metavar="NET", help=f"{HELP}; default: resnet18")
     deadline.add_argument("--requests", type=whole(1, 1_000_000), default=200, help="random deadlines (200)")
     deadline.add_argument("--load", type=whole(0, 256), default=2, help="busy processes beside (2)")
     deadline.add_argument("--batch", type=whole(1, 65_536), default=1, help="images per request (1)")
-    deadline.add_argument("--subnets", type=whole(1, SUBNETS), default=4, help="subnets of equal width shares (4)")
+    deadline.add_argument("--subnets", type=whole(1, SUBNETS), default=4, help="of timm models, equally wide (4)")
     deadline.set_defaults(command=_bench_deadline)
     for command in (training, engine, deadline):
         command.add_argument("--threads", type=whole(1, 1024), help="CPU threads; default: torch's own")
@@ -51,12 +52,13 @@ def _bench_training(arguments: argparse.Namespace) -> int:
 
 
 def _bench_engine(arguments: argparse.Namespace) -> int:
-    from ..integrations.timm.models import named_model
+    from ..views.named import named
     from .bench.engine import MODELS, bench_engine, bench_table
+    from .bench.own import contender
 
     _use_threads(arguments)
     report = bench_engine(
-        {name: named_model(name) for name in arguments.models or MODELS},
+        {word: contender(named(word)) for word in arguments.models or MODELS},
         arguments.batch,
         num_subnets=arguments.subnets,
         turns=arguments.turns,
@@ -67,14 +69,13 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
 
 
 def _bench_deadline(arguments: argparse.Namespace) -> int:
-    from ..integrations.timm.models import named_model
+    from ..views.named import named
     from .bench.deadline import bench_deadlines, deadline_table
-    from .bench.engine import equal_net
 
     _use_threads(arguments)
     rows = []
     for name in arguments.models or ["resnet18"]:
-        engine = equal_net(named_model(name), arguments.subnets).deploy()
+        engine = named(name).deployed(arguments.subnets)
         row = bench_deadlines(engine, arguments.requests, batch_size=arguments.batch, load=arguments.load)
         rows.append({"model": name, **row})
     return _show(arguments, rows, deadline_table)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .words import HELP
+
+if TYPE_CHECKING:
+    from .named import Named
 
 __all__ = ["add_inspect"]
 
@@ -15,7 +19,7 @@ def add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect", help="units of a model and what keeps channels at level 1; or subnets and levels of a saved net"
     )
-    inspect.add_argument("model", help="timm name, e.g. resnet18; or folder of `stepping run`, or a .safetensors net")
+    inspect.add_argument("model", metavar="NET", help=HELP)
     inspect.add_argument("--img-size", type=int, help="height and width of the images; default: the model's own")
     inspect.add_argument("--num-classes", type=int, help="classes of the model; default: the model's own")
     inspect.add_argument("--time-limit", type=float, default=20.0, help="seconds for torch-pruning's graph (20)")
@@ -26,13 +30,13 @@ def add_inspect(commands: Any) -> None:
 def _inspect(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    path = Path(arguments.model)
-    if path.is_dir() or path.suffix == ".safetensors":
-        return _inspect_net(path / "net.safetensors" if path.is_dir() else path, arguments.json)
-
     from ..integrations.timm.models import named_model
     from .inspection import describe, inspect_model
+    from .named import named
 
+    source = named(arguments.model)
+    if source.model is None:
+        return _inspect_net(source, arguments.json)
     model: Any = named_model(arguments.model, num_classes=arguments.num_classes, img_size=arguments.img_size)
     size = tuple(model.default_cfg["input_size"])
     if arguments.img_size:
@@ -45,14 +49,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect_net(path: Path, as_json: bool) -> int:
+def _inspect_net(source: Named, as_json: bool) -> int:
     """What a saved net consists of and, where it was measured, what every level adds."""
     from rich.console import Console
 
-    from ..net import load
     from .summary import summary, units_per_level
 
-    net = load(path)
+    net = source.stepping_net()
     if not as_json:
         Console(soft_wrap=True).print(summary(net))
         return 0

@@ -20,37 +20,18 @@ from ...console.progress import manner, track
 from ...engine.engine import Engine, compile_engine
 from ...errors import SteppingError, explain
 from ...net import SteppingNet
-from ...units.analysis import Analysis, analyse
+from ...views.named import equal_net
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["MODELS", "bench_engine", "bench_net", "bench_table", "equal_levels", "equal_net"]
+__all__ = ["MODELS", "bench_engine", "bench_net", "bench_table"]
 
 MODELS = ("resnet18", "efficientnet_lite0", "vit_tiny_patch16_224", "convnext_atto", "mobilenetv3_small_050")
 
 
-def equal_levels(analysis: Analysis, num_subnets: int) -> Tensor:
-    """Levels that give every subnet an equal share of every group of units, LongTensor (num_units,)."""
-    levels = torch.ones(analysis.num_units, dtype=torch.long)
-    for group in analysis.groups:
-        levels[group.units] = 1 + torch.arange(len(group.units)) * num_subnets // len(group.units)
-    for anchor in analysis.anchors:
-        if int(levels[anchor].min()) > 1:
-            levels[anchor[0]] = 1
-    return levels
-
-
-def equal_net(model: nn.Module, num_subnets: int) -> SteppingNet:
-    """A net in eval mode whose subnets have equal shares of every width; the model is copied."""
-    size = tuple(model.default_cfg["input_size"])  # type: ignore[index]
-    analysis = analyse(model, size, modes=(False,))
-    levels = equal_levels(analysis, num_subnets)
-    return SteppingNet(copy.deepcopy(model), analysis, levels, [1] * num_subnets, 1).eval()
-
-
 def bench_engine(
-    models: Sequence[str] | Mapping[str, nn.Module] = MODELS,
+    models: Sequence[str] | Mapping[str, nn.Module | tuple[SteppingNet, nn.Module]] = MODELS,
     batch_sizes: Sequence[int] = (1, 8),
     *,
     num_subnets: int = 4,
@@ -62,9 +43,10 @@ def bench_engine(
     """Time dense original, subnets from scratch and steps of one or more models.
 
     Args:
-        models: names of timm models, or modules by name (their `default_cfg` gives the image size).
+        models: names of timm models; or by name, modules (their `default_cfg` gives the image size), or nets with the
+            dense originals that they are compared with, in eval mode.
         batch_sizes: images per batch.
-        num_subnets: N; every subnet adds an equal share of every width.
+        num_subnets: N of models; every subnet adds an equal share of every width.
         turns: times that every contender runs; the median counts.
         seconds: stop taking turns for one model and batch size after so long (at least 3 turns).
         compile: run the step programs through `torch.compile`, and the others too.
@@ -75,13 +57,16 @@ def bench_engine(
     """
     if not batch_sizes or any(not isinstance(b, int) or b < 1 for b in batch_sizes):
         raise SteppingError(explain("bad batch sizes", got=list(batch_sizes), expected="positive integers"))
-    named = models if isinstance(models, Mapping) else {name: _timm_model(name) for name in models}
+    named: Mapping[str, Any] = models if isinstance(models, Mapping) else {name: _timm_model(name) for name in models}
     results = []
     for name, model in named.items():
-        model = copy.deepcopy(model).eval()
-        net = equal_net(model, num_subnets)
+        if isinstance(model, tuple):
+            net, dense = model
+        else:
+            dense = copy.deepcopy(model).eval()
+            net = equal_net(dense, num_subnets)
         for batch_size in batch_sizes:
-            entry = bench_net(net, model, batch_size, turns=turns, seconds=seconds, compile=compile)
+            entry = bench_net(net, dense, batch_size, turns=turns, seconds=seconds, compile=compile)
             results.append({"model": name, **entry})
             progress(
                 f"{name}, batch {batch_size}: sum of steps / dense {entry['ratio']:.2f}, "
@@ -152,8 +137,8 @@ def bench_net(
         "ratio": total / middle["dense"],
         "scratch_ratio": sum(scratch) / middle["dense"],
         "macs": increments,
-        "dense_macs": net.macs_model.total,
-        "macs_ratio": engine.macs[-1] / net.macs_model.total,
+        "dense_macs": net.reference_macs,
+        "macs_ratio": engine.macs[-1] / net.reference_macs,
         "subnet_macs": list(net.macs),
         "cache_bytes": cache,
     }

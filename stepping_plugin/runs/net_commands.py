@@ -1,0 +1,142 @@
+"""Commands about nets that are there: `stepping predict`, `export`, `report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+from typing import Any
+
+from ..arguments import SUBNETS, number, output_folder, whole
+from ..views.words import HELP
+
+__all__ = ["add_export", "add_predict", "add_report"]
+
+
+def add_predict(commands: Any) -> None:
+    """`stepping predict`."""
+    predict = commands.add_parser("predict", help="class, confidence, subnet and MACs of pictures")
+    predict.add_argument("net", metavar="NET", help=HELP.rpartition(", or")[0])
+    predict.add_argument("files", nargs="+", metavar="FILE", help="pictures, or folders of pictures")
+    predict.add_argument(
+        "--until", type=_rule, nargs="+", metavar="RULE", help="stop a picture early, e.g. max_prob=0.9, margin=0.5"
+    )
+    predict.add_argument("--deadline", type=number(0, 1e6), metavar="SECONDS", help="for every batch")
+    predict.add_argument("--batch-size", type=whole(1, 65_536), default=1, help="pictures at a time (1)")
+    predict.add_argument("--json", action="store_true", help="print JSON")
+    predict.set_defaults(command=_predict)
+
+
+def _rule(text: str) -> tuple[str, float]:
+    """RULE=NUMBER of `Engine.predict(until=...)`; a number alone is a probability."""
+    name, equals, value = text.rpartition("=")
+    try:
+        threshold = float(value)
+    except ValueError:
+        threshold = math.nan
+    if math.isnan(threshold) or (equals and not name):
+        raise ArgumentTypeError(f"got {text!r}, expected RULE=NUMBER, for example max_prob=0.9")
+    return name or "max_prob", threshold
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from ..engine.exit import as_rule
+    from ..errors import SteppingError
+    from ..views.named import named
+    from .predict import predictions
+    from .prepare import files_of, preparation_of
+
+    files = files_of(arguments.files)
+    until = dict(arguments.until) if arguments.until else None
+    as_rule(until)  # before a net is loaded
+    source = named(arguments.net)
+    if source.net is None:
+        raise SteppingError(
+            f"{source.word}: predict needs a net that was trained: the folder of a run, or a net's file."
+        )
+    net = source.stepping_net()
+    preparation = preparation_of(source, net.analysis.image_size, (net.origin or {}).get("timm"))
+    engine = net.deploy()
+    if arguments.deadline is not None:
+        engine.calibrate(arguments.batch_size)
+    options = {"until": until, "deadline": arguments.deadline, "batch_size": arguments.batch_size}
+    rows = []
+    if not arguments.json:
+        print("file\tclass\tconfidence\tsubnet\tMACs", flush=True)
+    for row in predictions(engine, preparation, files, **options):
+        rows.append(row)
+        if "error" in row:
+            print(f"{row['file']}: this picture cannot be read ({row['error']})", file=sys.stderr)
+        elif not arguments.json:
+            print(f"{row['file']}\t{row['class']}\t{row['confidence']:.4f}\t{row['subnet']}\t{row['macs']}", flush=True)
+    if arguments.json:
+        facts = {"subnets": engine.num_subnets, "macs": list(engine.macs), "prepared": preparation.source}
+        print(json.dumps({**facts, "pictures": rows}, indent=2))
+    return 1 if any("error" in row for row in rows) else 0
+
+
+def add_report(commands: Any) -> None:
+    """`stepping report`."""
+    report = commands.add_parser("report", help="accuracies, warnings and early exit of a run that is done")
+    report.add_argument("net", metavar="NET", help=HELP)
+    report.add_argument("--json", action="store_true", help="print report.json")
+    report.set_defaults(command=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ..errors import SteppingError
+    from ..views.named import named
+    from .report import exit_table, results_table
+
+    source = named(arguments.net)
+    if source.run is None:
+        what = "a timm model, which nobody has run" if source.model else "a file without the run that it comes from"
+        raise SteppingError(
+            f"{source.word} is {what}; reports are written by `stepping run`. `stepping inspect {source.word}` tells "
+            "what is known without."
+        )
+    path = source.run / "report.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        tables = [results_table(data), *data.get("warnings", []), *[exit_table(data)] * bool(data.get("early_exit"))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SteppingError(f"{path} cannot be read ({error}). Run the recipe again: it is written anew.") from None
+    if arguments.json:
+        print(json.dumps(data, indent=2))
+        return 0
+    Console(soft_wrap=True).print(*tables, f"report: {source.run / 'index.html'}", sep="\n")
+    return 0
+
+
+def add_export(commands: Any) -> None:
+    """`stepping export`."""
+    export = commands.add_parser("export", help="write the step programs of a net as torch.export or ONNX files")
+    export.add_argument("run", metavar="NET", help=HELP)
+    export.add_argument("--format", choices=("torch", "onnx"), default="torch", help="kind of files (torch)")
+    export.add_argument(
+        "--output", type=output_folder, metavar="DIR", help="where to; default: export-FORMAT beside the net"
+    )
+    export.add_argument("--batch-size", type=whole(1, 65_536), help="fix the batch size; default: any")
+    export.add_argument("--subnets", type=whole(1, SUBNETS), default=4, help="of a timm model, equally wide (4)")
+    export.set_defaults(command=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ..views.named import named
+
+    source = named(arguments.run)
+    place = (source.net or source.engine or Path(f"{source.model}-untrained", "net")).parent
+    folder = Path(arguments.output or place / f"export-{arguments.format}")
+    manifest = source.deployed(arguments.subnets).export(folder, arguments.format, arguments.batch_size)
+    if source.model is not None:
+        print(f"{source.word} is untrained here, its subnets are equally wide: for measuring only.")
+    for note in manifest["notes"]:
+        print(note)
+    files = ", ".join(step["file"] for step in manifest["steps"])
+    print(f"{folder}: {files}, manifest.json (batch size: {manifest['batch']})")
+    return 0
