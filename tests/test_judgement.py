@@ -36,11 +36,12 @@ def test_constants_are_told_with_their_rate():
     answers[0], answers[1] = 1, 1
     rate = float((labels == 1).double().mean())
     (text, alike) = doubts(answers, labels, SHARES, None)
-    assert text.startswith("subnets 1, 2 are at the majority-class rate: always answering class 1")
-    assert f"{rate:.1%} of the 400 pictures" in text and "100%, 100%" in text and "retrain.epochs" in text
+    assert text.startswith("subnets 1, 2 are at the majority-class rate") and "always answering class 1" in text
+    assert f"({rate:.1%} of 400 pictures)" in text and "100%, 100% of the answers are one" in text
+    assert "retrain.epochs" in text
     assert alike.startswith("subnet 2 hardly differs from subnet 1: 0 of 400 answers are others, 0 more are right")
     (early,) = doubts(answers, labels, SHARES, 0.9, retrained=False)
-    assert "construction.iterations" in early
+    assert early.startswith("after construction, subnets 1, 2 are") and "construction.iterations" in early
 
 
 @pytest.mark.parametrize("majority", [0.3, 0.6, 0.9])

@@ -231,7 +231,7 @@ def _move(folder: Path, moving: Mapping[str, Any]) -> None:
     for stage in STAGES[moving["first"] :]:
         for path in stage.left_in(folder):
             place = aside / path.relative_to(folder)
-            place.parent.mkdir(exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
     with contextlib.suppress(OSError, RecipeError, UnicodeDecodeError):
         if not changes(moving["recipe"], _parsed(folder / RECIPE)):  # else it is somebody's edit
@@ -319,13 +319,13 @@ def _parsed(path: Path) -> Recipe:
 
 def _discard(folder: Path) -> None:
     """Remove what a run writes, nothing else: links are taken away, not followed; folders stay if something is left."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name, inside in FOLDERS.items():
-        for inner in inside:
-            (folder / name / inner).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty, not there, or a link
-            (folder / name).rmdir()
+    (folder / RECIPE).unlink(missing_ok=True)
+    for stage in STAGES:
+        for path in stage.left_in(folder):
+            path.unlink(missing_ok=True)
+        for name in (f"{outer}{inner}" for outer in stage.folders for inner in ("/tensorboard", "")):
+            with contextlib.suppress(OSError):  # not empty, not there, or a link
+                (folder / name).rmdir()
 
 
 # ------------------------------------------------------------------------------------------------- the lock

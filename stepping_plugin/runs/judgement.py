@@ -79,10 +79,11 @@ def _constant(answers: Tensor, labels: Tensor, retrained: bool) -> str:
     if not subnets:
         return ""
     rate, class_ = _majority(labels), int(torch.bincount(labels).argmax())
-    same = ", ".join(f"{(answers[i - 1] == class_).double().mean():.0%}" for i in subnets)
+    same = ", ".join(f"{torch.bincount(answers[i - 1]).max().item() / len(labels):.0%}" for i in subnets)
     text = (
-        f"{_subnets(subnets)} at the majority-class rate: always answering class {class_} is right on {rate:.1%} of "
-        f"the {len(labels):,} pictures, and class {class_} is what {same} of the answers are. "
+        f"{'' if retrained else 'after construction, '}{_subnets(subnets)} at the majority-class rate: right no more "
+        f"often than always answering class {class_} ({rate:.1%} of {len(labels):,} pictures); {same} of the answers "
+        "are one and the same class. "
     )
     if retrained:
         return text + (

@@ -45,7 +45,8 @@ from .parts import Parts
 from .recipe_schema import Recipe
 from .report import write_report
 from .resume import resume_construction
-from .stages import completed, settings_of
+from .stages import STAGES, completed, settings_of
+from .trackers import Trackers, require_trackers
 from .weights import load_weights, save_weights
 
 __all__ = ["Run", "plan", "run_recipe"]
@@ -100,11 +101,15 @@ class Run(Parts):
     """The stages of one recipe in one folder."""
 
     warnings: list[str] = field(default_factory=list)
+    trackers: Trackers | None = None
     _epochs: int = 0
 
     def everything(self, fresh: bool, source: str | Path | None = None) -> dict[str, Any]:
         self._check_before(fresh)
-        with self._held(fresh, source):
+        with self._held(fresh, source), contextlib.ExitStack() as stack:
+            if self.main and self.recipe.log_with:
+                self.trackers = Trackers(self.recipe, self.folder)
+                stack.callback(self.trackers.finish)
             return self._all_stages()
 
     def _all_stages(self) -> dict[str, Any]:
@@ -120,19 +125,19 @@ class Run(Parts):
         reference = self.accuracy(original)[0] if original is not None else None
         shares = [macs / net.reference_macs for macs in net.macs]
         if self.recipe.retrain.epochs:
-            self._warn(net, doubts(before, labels, shares, reference, retrained=False))
+            self._warn(doubts(before, labels, shares, reference, retrained=False))
         net = self.timed("retraining", self.retrain, net, original)
         after, labels = answers_to(net, self.loader("test", 256))
-        self._warn(net, doubts(after, labels, shares, reference))
+        net.notes += self._warn(doubts(after, labels, shares, reference))
         accuracies = {name: _accuracies(answers, labels) for name, answers in (("before", before), ("after", after))}
         return self._finish(net, accuracies, reference)
 
-    def _warn(self, net: SteppingNet, texts: list[str]) -> None:
-        """Tell at once, keep for the report and for whoever gets the net."""
+    def _warn(self, texts: list[str]) -> list[str]:
+        """Tell at once, and keep for the report."""
         self.warnings += texts
-        net.notes += texts
         for text in texts:
             self.tell(f"warning: {text}")
+        return texts
 
     # --- before anything is written, or removed
 
@@ -144,6 +149,7 @@ class Run(Parts):
             BudgetError: budgets that the model cannot meet.
         """
         recipe = self.recipe
+        require_trackers(recipe)
         if recipe.device != "auto":
             usable_device(recipe.device)
         for key, path in self.inputs.items():
@@ -286,7 +292,7 @@ class Run(Parts):
     def measure(self, net: SteppingNet) -> None:
         """What every level adds, on validation pictures."""
         batches = itertools.islice(self.data.loader("val", 256, seed=0, rank=0, world=1), 4)
-        self._warn(net, idle_levels(net.measure(images for images, _ in batches)))
+        net.notes += self._warn(idle_levels(net.measure(images for images, _ in batches)))
 
     def early_exit(self, net: SteppingNet) -> dict[str, Any]:
         """Accuracy against average MACs of `engine.predict(until={"max_prob": ...})`, see `runs.early_exit`.
@@ -302,8 +308,19 @@ class Run(Parts):
         points = early_exit_curve(held_out, test, engine.macs)
         return {"rule": "max_prob", "thresholds_from": where, "points": points}
 
+    def _track(self, record: dict[str, Any]) -> None:
+        if self.trackers is None:
+            return
+        recipe, number = self.recipe, record.get("epoch", record.get("iteration", 0))
+        planned = {"original": recipe.train.epochs, "construction": recipe.construction.iterations}
+        before = list(itertools.takewhile(lambda stage: stage.name != self.stage, STAGES))
+        folder = next(iter(STAGES[len(before)].folders))
+        step = number + sum(planned[stage.name] for stage in before if recipe.model.net is None)
+        self.trackers.log(self.stage, folder, record, step)
+
     def _log(self, record: dict[str, Any]) -> None:
-        """About ten lines per stage; everything is in the stage's log."""
+        """About ten lines per stage; everything is in the stage's log, and goes to the trackers."""
+        self._track(record)
         if "iteration" in record:
             if _worth_a_line(record["iteration"], self.recipe.construction.iterations):
                 self.tell(f"  iteration {record['iteration']}: MACs {record['macs']}, moved {record['moved']}")

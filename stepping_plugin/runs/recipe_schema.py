@@ -139,6 +139,11 @@ class Train(Optimisation):
     smoothing: float = key(0.0, "label smoothing", ge=0, lt=1)
     model_ema: bool = key(False, "keep and report an exponential moving average of the weights")
     model_ema_decay: float = key(0.9998, "of the moving average", gt=0, lt=1)
+    checkpoint_steps: int | None = key(
+        None, "save also after every so many updates; null: after every epoch only", ge=1, le=UPDATES
+    )
+    channels_last: bool = key(False, "memory layout of images and weights; faster for convolutions on some devices")
+    torchcompile: bool = key(False, "train through torch.compile; the first updates take minutes")
 
     @field_validator("warmup_epochs")
     @classmethod
@@ -264,6 +269,9 @@ class Recipe(Section):
         None, "folder of the results; null: runs/NAME-OF-THE-RECIPE", min_length=1, max_length=4096
     )
     seed: int = key(0, "of weights, order and augmentation", ge=0, le=SEED)
+    log_with: list[Literal["csv", "tensorboard", "wandb"]] = key(
+        [], "trackers of accelerate that get the figures of every epoch: csv, tensorboard, wandb", max_length=3
+    )
     device: str = key("auto", "auto, cpu, mps, cuda or cuda:NUMBER", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
 
     @field_validator("output")
@@ -272,6 +280,19 @@ class Recipe(Section):
         if output is not None and not output.isprintable():
             raise ValueError("expected a path without control characters")
         return output
+
+    @field_validator("log_with", mode="before")
+    @classmethod
+    def _words(cls, names: Any) -> Any:
+        """`log_with=csv,wandb` of a command line, and a single word, are lists too."""
+        return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+
+    @field_validator("log_with")
+    @classmethod
+    def _once_each(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("one of them twice")
+        return names
 
     @field_validator("budgets", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ results at hand in `retrain` only takes the original and the construction from t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,15 @@ from .recipe_schema import Recipe
 __all__ = ["STAGES", "Stage", "changes", "completed", "first_stage", "kept_in", "settings_of"]
 
 # May differ between a run and its continuation: where, how often something is written, how fast pictures are read.
-_FREE = ("output", "device", "data.workers", "data.download", "train.checkpoint_steps", "retrain.checkpoint_steps")
+_FREE = (
+    "output",
+    "device",
+    "log_with",
+    "data.workers",
+    "data.download",
+    "train.checkpoint_steps",
+    "retrain.checkpoint_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Stage:
         name: for people.
         sections: of the recipe that it depends on, besides those of the stages before.
         files: that it leaves.
-        folders: of its log and checkpoints, with what it writes there.
+        folders: of its log and checkpoints, with patterns of what it writes there.
     """
 
     name: str
@@ -43,19 +52,22 @@ class Stage:
         """What the stage has left in a folder; links are not followed."""
         names = [*self.files, *(f"{outer}/{inner}" for outer, inside in self.folders.items() for inner in inside)]
         for name in names:
-            path = folder / name
-            if path.is_symlink() or path.exists():
-                yield path
+            if "*" in name:
+                yield from sorted(folder.glob(name))
+            elif os.path.lexists(folder / name):
+                yield folder / name
 
+
+_LOGS = ("log.jsonl", "log.csv", "tensorboard/events.out.tfevents.*")
 
 STAGES = (
     Stage("original", ("model", "data", "train", "seed"), ("original.safetensors",),
-          {"original": ("last.safetensors", "log.jsonl")}),
+          {"original": ("last.safetensors", *_LOGS)}),
     Stage("construction", ("budgets", "construction"), ("constructed.safetensors",),
-          {"construction": ("state.safetensors",)}),
+          {"construction": ("state.safetensors", *_LOGS)}),
     Stage("retraining", ("retrain",),
           ("net.safetensors", "report.json", "accuracy_vs_macs.png", "units_per_layer.png", "index.html"),
-          {"retrain": ("last.safetensors", "log.jsonl")}),
+          {"retrain": ("last.safetensors", *_LOGS)}),
 )  # fmt: skip
 
 

@@ -372,6 +372,8 @@ def assert_comparable(recipe: Any, method: str) -> None:
     """
     if recipe.model.net is not None:
         raise SteppingError("model.net: a comparison starts from the original network. Give model.name instead.")
+    if recipe.log_with:
+        raise SteppingError("log_with: a comparison leaves its results as JSON, not with trackers. Remove the key.")
     if recipe.retrain.distill_from == "largest" and method != "stepping":
         raise SteppingError(
             "retrain.distill_from: separate nets have no largest subnet to learn from. Use original, teacher or none."
