@@ -123,6 +123,8 @@ def _add_quiet(parser: argparse.ArgumentParser) -> None:
             command.add_argument("--quiet", action="store_true", help="show no progress on standard error")
 
 
+_COMMANDS = (add_inspect, add_run, add_predict, add_report, add_export, add_bench, add_compare, add_coverage, add_zoo)
+
 # Options of commands that register plain numbers.
 _RANGES = {
     "inspect": {"img_size": whole(1, IMAGE), "num_classes": whole(1, CLASSES), "time_limit": number(0, 1e6)},
@@ -132,8 +134,9 @@ _RANGES = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stepping", description="SteppingNet for image classifiers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_inspect, add_run, add_predict, add_report, add_export, add_bench, add_compare, add_coverage, add_zoo):
+    for add in _COMMANDS:
         add(commands)
+    parser.set_defaults(quiet=False)
     _add_quiet(parser)
     for name, ranges in _RANGES.items():
         for action in _command(parser, name)._actions:

@@ -62,6 +62,9 @@ def test_all_that_a_word_can_name(run, engine_file):
     assert (other.net, other.run) == (run / "constructed.safetensors", None)
     assert named(str(engine_file)).engine == engine_file
     assert named("resnet18").model == named("resnet18.a1_in1k").model.split(".")[0] == "resnet18"
+    zoo = named("zoo:digits")
+    assert zoo.stepping_net().num_subnets == 4 and zoo.run is None and zoo.place == Path("zoo-digits")
+    assert named(str(run)).place == run and named("resnet18").place == Path("resnet18-untrained")
     for word in (str(run), str(run / "net.safetensors"), str(engine_file)):
         assert named(word).deployed().macs == load(run / "net.safetensors").macs
     with pytest.raises(SteppingError, match="holds an engine"):

@@ -130,8 +130,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from ..views.named import named
 
     source = named(arguments.run)
-    place = (source.net or source.engine or Path(f"{source.model}-untrained", "net")).parent
-    folder = Path(arguments.output or place / f"export-{arguments.format}")
+    folder = Path(arguments.output or source.place / f"export-{arguments.format}")
     manifest = source.deployed(arguments.subnets).export(folder, arguments.format, arguments.batch_size)
     if source.model is not None:
         print(f"{source.word} is untrained here, its subnets are equally wide: for measuring only.")

@@ -121,7 +121,7 @@ def analyse(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ..
     start = time.perf_counter()
     programs = {
         training: capture(model, image_size, training)
-        for training in track(modes, f"capture of {type(model).__name__}, in eval and train mode")
+        for training in track(modes, f"capture of {type(model).__name__}'s operators")
     }
     for program in programs.values():
         split_readers_of_scores(program, find_heads(program))

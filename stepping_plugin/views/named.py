@@ -1,4 +1,4 @@
-"""What the word NET of a command means: the folder of a run, the file of a net or of an engine, or a timm model."""
+"""What the word NET of a command means: a run's folder, a file of a net or engine, a net of the zoo, a timm model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..console.progress import stage
 from ..engine.engine import Engine, load_engine
 from ..errors import SteppingError, closest
+from ..files.zoo import PREFIX, find_net
 from ..integrations.timm.models import named_model
 from ..net import SteppingNet, load
 from ..tensorfile import ENGINE
@@ -43,6 +44,13 @@ class Named:
     engine: Path | None = None
     model: str | None = None
     run: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """Where things that are made of it go, if nobody says otherwise."""
+        if self.model is not None or self.word.startswith(PREFIX):
+            return Path(self.word.replace(":", "-") + "-untrained" * (self.model is not None))
+        return (self.net or self.engine or Path(self.word)).parent
 
     def stepping_net(self, subnets: int = 4) -> SteppingNet:
         """The net in eval mode; of a timm model, one whose subnets have equal shares of every width, untrained.
@@ -73,6 +81,8 @@ def named(word: str) -> Named:
     Raises:
         SteppingError: nothing that is there; the nearest names are given.
     """
+    if word.startswith(PREFIX):
+        return Named(word, net=find_net(Path(word)))
     path = Path(word)
     if path.is_dir():
         if (path / NET).is_file():

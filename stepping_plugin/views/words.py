@@ -1,3 +1,3 @@
 """What commands say about their arguments, apart from `views.named`: help must not load torch."""
 
-HELP = "folder of `stepping run`, file of a net (.safetensors), or timm model, e.g. resnet18"
+HELP = "folder of `stepping run`, file of a net (.safetensors), zoo:NAME, or timm model, e.g. resnet18"
