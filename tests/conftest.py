@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download weights fails a
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -44,3 +45,16 @@ def repeatable() -> Iterator[None]:
     torch.set_grad_enabled(grad)
     torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short run of `digits` that is done, for tests to read or copy; its recipe: `small_runs.SMALL`."""
+    from small_runs import SMALL
+
+    from stepping_plugin.runs.pipeline import run_recipe
+    from stepping_plugin.runs.recipe import load_recipe
+
+    folder = tmp_path_factory.mktemp("small") / "mine"
+    run_recipe(load_recipe("digits", SMALL), folder, say=lambda text: None)
+    return folder

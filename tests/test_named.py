@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -10,29 +11,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import SMALL
 
 from stepping_plugin import SteppingError, load
 from stepping_plugin.cli import main
-from stepping_plugin.runs.pipeline import run_recipe
 from stepping_plugin.runs.prepare import files_of, opened, preparation_of
 from stepping_plugin.runs.recipe import load_recipe
 from stepping_plugin.studies.bench.own import contender
 from stepping_plugin.views.named import named
 
-SMALL = ["data.limit=200", "train.epochs=1", "construction.iterations=2", "construction.batches=1", "retrain.epochs=1",
-         "budgets=0.3,0.7", "device=cpu"]  # fmt: skip
+
+@pytest.fixture(scope="module")
+def run(small_run):
+    """A run, whose files are read once: nothing here changes a net."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stepping_plugin.views.named.load", functools.cache(load))
+        yield small_run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("named") / "mine"
-    run_recipe(load_recipe("digits", SMALL), folder, say=lambda text: None)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def engine_file(run):
-    path = run.parent / "engine.safetensors"
+def engine_file(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("engine") / "engine.safetensors"
     load(run / "net.safetensors").deploy().save(path)
     return path
 
@@ -63,7 +62,7 @@ def test_all_that_a_word_can_name(run, engine_file):
     assert named(str(engine_file)).engine == engine_file
     assert named("resnet18").model == named("resnet18.a1_in1k").model.split(".")[0] == "resnet18"
     zoo = named("zoo:digits")
-    assert zoo.stepping_net().num_subnets == 4 and zoo.run is None and zoo.place == Path("zoo-digits")
+    assert zoo.net.is_file() and zoo.run is None and zoo.place == Path("zoo-digits")
     assert named(str(run)).place == run and named("resnet18").place == Path("resnet18-untrained")
     for word in (str(run), str(run / "net.safetensors"), str(engine_file)):
         assert named(word).deployed().macs == load(run / "net.safetensors").macs
