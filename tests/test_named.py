@@ -185,11 +185,11 @@ def test_folders_of_pictures_and_nets_without_a_run(memory, tmp_path):
     found = preparation_of(source, (3, 32, 32))
     test = build_data(recipe.data, "resnet_tiny").test
     files = files_of([str(tmp_path / "set" / "val")])
-    for (path, picture), k in zip(opened(files, found.transform), range(6)):
+    for (path, picture), k in zip(opened(files, found), range(6)):
         assert torch.equal(picture, test[k][0]) and path.parent.name == found.name(test[k][1])
     bare = preparation_of(named(str(tmp_path / "run" / "recipe.yaml")), (1, 28, 28), "resnet_tiny")
     assert bare.name(3) == "3" and "timm" in bare.source
-    _, picture = next(opened(files[:1], bare.transform))
+    _, picture = next(opened(files[:1], bare))
     assert picture.shape == (1, 28, 28)
     with pytest.raises(SteppingError, match="nor a timm model says how"):
         preparation_of(named(str(tmp_path / "run" / "recipe.yaml")), (1, 28, 28))

@@ -43,12 +43,15 @@ class Parts:
         return processes(self.recipe.device).is_main_process
 
     @property
+    def pretrained(self) -> bool:
+        """Whether the original comes with weights."""
+        return self.recipe.model.pretrained or self.recipe.model.checkpoint_path is not None
+
+    @property
     def data(self) -> DataBundle:
         """The data set, opened on first use."""
         if self._data is None:
-            model = self.recipe.model
-            pretrained = model.pretrained or model.checkpoint_path is not None
-            self._data = build_data(self.recipe.data, model.name, pretrained=pretrained, say=self.tell)
+            self._data = build_data(self.recipe.data, self.recipe.model.name, pretrained=self.pretrained, say=self.tell)
         return self._data
 
     @property

@@ -39,7 +39,7 @@ def predictions(
         file, and: label (its class's number), class, confidence (largest softmax probability), subnet, macs; with a
         deadline, in_time. Of a file that cannot be read: error.
     """
-    pictures = opened(files, preparation.transform)
+    pictures = opened(files, preparation)
     while chunk := list(itertools.islice(pictures, batch_size)):
         good = [content for _, content in chunk if isinstance(content, Tensor)]
         answers = iter(_answers(engine, good, until, deadline) if good else [])

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import SteppingError
 from ..training.loader import TransformSet
 from ..views.named import Named
-from .data.decoding import UNREADABLE, bytes_of
+from .data.build import bytes_of
+from .data.channels import EXTENSIONS, as_channels, open_file
+from .data.sources import UNREADABLE
+from .data.transforms import data_config, transforms
 from .parts import Parts
 from .recipe import load_recipe
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from .recipe_data import DataConfig
 
 __all__ = ["Preparation", "files_of", "opened", "preparation_of"]
 
@@ -30,12 +31,14 @@ class Preparation:
     """How a picture becomes a net's input.
 
     Attributes:
-        transform: from a picture to (C, H, W).
+        transform: from what `channels.as_channels` gives to float32 (C, H, W).
+        channels: C.
         classes: their names, in the order of the scores; empty: nobody says.
         source: where that is known from, in words.
     """
 
-    transform: Callable[[Image], Tensor]
+    transform: Callable[[Any], Tensor]
+    channels: int
     classes: Sequence[str]
     source: str
 
@@ -62,35 +65,22 @@ def preparation_of(source: Named, image_size: Sequence[int], origin: str | None 
             f"{source.word}: neither a run nor a timm model says how pictures are prepared for this net. Give the "
             "folder of its run."
         )
-    from timm.data import create_transform, resolve_data_config
-    from timm.models import get_pretrained_cfg
-
-    own = get_pretrained_cfg(origin)
-    config = resolve_data_config({"input_size": tuple(image_size)}, pretrained_cfg=own.to_dict() if own else {})
-    channels, height, width = image_size
-    for key in ("mean", "std"):
-        if len(config[key]) != channels:  # timm adds up or repeats the weights of the first layer
-            config[key] = (sum(config[key]) / len(config[key]),) * channels
-    chosen = {key: config[key] for key in ("interpolation", "mean", "std", "crop_pct")}
-    transform = create_transform((channels, height, width), **chosen)
-    return Preparation(_in_mode("L" if image_size[0] == 1 else "RGB", transform), (), f"timm's {origin}")
+    cfg = DataConfig(name="imagefolder", in_chans=image_size[0], img_size=image_size[-1])
+    _, transform = transforms(cfg, data_config(cfg, origin))
+    return Preparation(transform, image_size[0], (), f"timm's {origin}")
 
 
 def _of_run(folder: Path) -> Preparation:
     recipe = load_recipe(folder / "recipe.yaml")
-    data = Parts(recipe, folder, lambda text: None).data
-    mode = "L" if data.in_chans == 1 else "RGB"
+    parts = Parts(recipe, folder, lambda text: None)
+    data, model = parts.data, recipe.model
+    transform: Callable[[Any], Tensor]
     if isinstance(data.test, TransformSet):
         transform = data.test.transform
-    elif recipe.data.name == "imagefolder":
-        transform = _Normalised(bytes_of(recipe.data), data.mean, data.std)
     else:
-        transform = _Normalised(_Resized(data.img_size), data.mean, data.std)
-    return Preparation(_in_mode(mode, transform), data.classes, f"the evaluation of {folder}")
-
-
-def _in_mode(mode: str, transform: Callable[[Any], Any]) -> Callable[[Image], Tensor]:
-    return lambda picture: transform(picture.convert(mode))
+        as_bytes = bytes_of(recipe.data, model.name, pretrained=parts.pretrained) or _Resized(data.img_size)
+        transform = _Normalised(as_bytes, data.mean, data.std)
+    return Preparation(transform, data.in_chans, data.classes, f"the evaluation of {folder}")
 
 
 @dataclass(frozen=True)
@@ -99,9 +89,8 @@ class _Resized:
 
     size: int
 
-    def __call__(self, picture: Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
-        pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+    def __call__(self, picture: Any) -> Tensor:
+        pixels = picture if isinstance(picture, Tensor) else pil_to_tensor(picture)
         if tuple(pixels.shape[1:]) == (self.size, self.size):
             return pixels
         resized = F.interpolate(pixels[None].float(), (self.size, self.size), mode="bilinear", antialias=True)
@@ -112,11 +101,11 @@ class _Resized:
 class _Normalised:
     """Bytes (C, H, W) of a picture, scaled to [0, 1] and normalised."""
 
-    as_bytes: Callable[[Image], Tensor]
+    as_bytes: Callable[[Any], Tensor]
     mean: Sequence[float]
     std: Sequence[float]
 
-    def __call__(self, picture: Image) -> Tensor:
+    def __call__(self, picture: Any) -> Tensor:
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (self.as_bytes(picture).float() / 255 - mean) / std
 
@@ -130,15 +119,13 @@ def files_of(words: Iterable[str]) -> list[Path]:
     Raises:
         SteppingError: no such file, or a folder without pictures.
     """
-    from timm.data.readers.img_extensions import get_img_extensions
-
-    endings, found = set(get_img_extensions(as_set=True)), []
+    found: list[Path] = []
     for word in words:
         path = Path(word)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
             if not inside:
-                raise SteppingError(f"{word}: no picture in this folder ({', '.join(sorted(endings))}).")
+                raise SteppingError(f"{word}: no picture in this folder ({', '.join(EXTENSIONS)}).")
             found += inside
         elif path.is_file():
             found.append(path)
@@ -147,13 +134,10 @@ def files_of(words: Iterable[str]) -> list[Path]:
     return found
 
 
-def opened(files: Iterable[Path], prepare: Callable[[Image], Tensor]) -> Iterator[tuple[Path, Tensor | str]]:
+def opened(files: Iterable[Path], preparation: Preparation) -> Iterator[tuple[Path, Tensor | str]]:
     """Every file with its picture, prepared, or with the reason why it is none."""
-    from PIL import Image
-
     for path in files:
         try:
-            with Image.open(path) as picture:
-                yield path, prepare(picture)
-        except UNREADABLE as error:
+            yield path, preparation.transform(as_channels(open_file(str(path)), preparation.channels, str(path)))
+        except (*UNREADABLE, SteppingError) as error:
             yield path, " ".join(str(error).split())[:200] or type(error).__name__

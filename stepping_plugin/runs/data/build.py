@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from stepping_plugin.runs.recipe_schema import FOLDERS, DataConfig
 
 from .arrays import digits, fashion_mnist, torchvision_arrays
 from .bundle import DataBundle
-from .decoding import decoded
+from .decoding import converter, decoded, decoding_config
 from .disk import on_disk, timm_dataset, timm_source
 from .folders import image_folders, is_image_folder, root_of
 from .hub import dataset_folder
@@ -18,7 +20,7 @@ from .sources import LeftOut
 from .splits import split_parts
 from .tables import labelled_files
 
-__all__ = ["build_data"]
+__all__ = ["build_data", "bytes_of"]
 
 _FOLDERS: dict[str, Callable[[DataConfig], tuple[Any, Any, Any]]] = {
     "imagefolder": image_folders,
@@ -71,6 +73,14 @@ def _opened(cfg: DataConfig, model_name: str | None, say: Callable[[str], None])
         return in_memory(cfg, split_parts(cfg, torchvision_arrays(train), None, torchvision_arrays(test)))
     sets = split_parts(cfg, timm_source(cfg, train), None, timm_source(cfg, test))
     return on_disk(cfg, model_name, sets, left_out)
+
+
+def bytes_of(cfg: DataConfig, model_name: str | None, *, pretrained: bool = False) -> Callable[..., Tensor] | None:
+    """How pictures of a set that is decoded into memory become bytes, (C, H, W); None: the set comes as arrays."""
+    if not (cfg.name in FOLDERS or _are_pictures(cfg)):
+        return None
+    model = model_name if pretrained and cfg.in_memory else None
+    return converter(cfg, decoding_config(cfg, model))
 
 
 def _are_pictures(cfg: DataConfig) -> bool:

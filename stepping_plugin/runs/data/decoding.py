@@ -22,7 +22,7 @@ from .memory import Pictures, check_memory, in_memory
 from .sources import LeftOut, Opened, Source
 from .transforms import data_config
 
-__all__ = ["decoded"]
+__all__ = ["converter", "decoded", "decoding_config"]
 
 _SAY_EVERY = 5.0  # seconds
 _RESIZE = "Pass data.img_size=PIXELS to resize them."
@@ -47,8 +47,8 @@ def decoded(
         SteppingError: pictures of different sizes without `data.img_size`, too many of them, or none is readable.
     """
     train, val, test = (Opened(part, cfg.in_chans or 3) for part in parts)
-    cut = data_config(cfg.model_copy(update={"crop_pct": cfg.crop_pct or 1.0}), model_name)
-    convert = _converter(cfg, cut)
+    cut = decoding_config(cfg, model_name)
+    convert = converter(cfg, cut)
     size = _size_of_all(train, convert)
     check_memory(cfg, sum(len(part) for part in parts), size)
     pictures = _decode("training", train, convert, size, cfg, left_out)
@@ -62,7 +62,12 @@ def decoded(
     return in_memory(cfg.model_copy(update={"img_size": None}), (pictures, choosing, measured), statistics, **known)
 
 
-def _converter(cfg: DataConfig, cut: dict[str, Any]) -> Convert:
+def decoding_config(cfg: DataConfig, model_name: str | None) -> dict[str, Any]:
+    """timm's data configuration; nothing is cut off unless the recipe says so."""
+    return data_config(cfg.model_copy(update={"crop_pct": cfg.crop_pct or 1.0}), model_name)
+
+
+def converter(cfg: DataConfig, cut: dict[str, Any]) -> Convert:
     """Picture -> uint8 (C, H, W)."""
     from timm.data import create_transform
 
