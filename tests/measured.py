@@ -227,7 +227,9 @@ def comparison_short() -> str:
         if r.status == "done" and r.variant in SHORT:
             found.setdefault((r.variant, r.recipe), []).append(100 * _mean([a.accuracy for a in r.executed]))
     recipes = sorted({recipe for variant, recipe in found if variant == "steppingnet-long"})
-    rows = [[label, *[f"{_mean(found[variant, recipe]):.2f}" for recipe in recipes]] for variant, label in SHORT.items()]
+    rows = [
+        [label, *[f"{_mean(found[variant, recipe]):.2f}" for recipe in recipes]] for variant, label in SHORT.items()
+    ]
     return markdown(["at equal executed MACs, mean over four budgets, %", *[f"`{r}`" for r in recipes]], rows)
 
 
