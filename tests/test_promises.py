@@ -12,6 +12,7 @@ import torch
 from nets import Plain
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 from stepping_plugin import CaptureError, SteppingError, apply_steppingnet, load, verify
 from stepping_plugin.engine import load_engine
@@ -79,6 +80,44 @@ def replace_model(net):
     net.model = Plain()
 
 
+def set_value(path, value):
+    def change(net):
+        owner, _, name = path.rpartition(".")
+        setattr(net.model.get_submodule(owner), name, value)
+
+    return change
+
+
+def hook(net):
+    net.model.gate.register_forward_hook(lambda *a: None)
+
+
+def prune_weights(net):
+    prune.l1_unstructured(net.model.left, "weight", 0.5)
+
+
+def parametrize(net):
+    parametrizations.weight_norm(net.model.left)
+
+
+CHANGES = {  # of the module at a path, or of its attribute
+    "head": replace_head,
+    "mix": patch_forward,
+    "norm": replace_inner,
+    "": replace_model,
+    "norm.eps": set_value("norm.eps", 0.1),
+    "norm.num_groups": set_value("norm.num_groups", 2),
+    "left.stride": set_value("left.stride", (2, 2)),
+    "left.padding": set_value("left.padding", [0, 0]),
+    "left.groups": set_value("left.groups", 2),
+    "head.bias": set_value("head.bias", None),
+    "head.weight": set_value("head.weight", nn.Parameter(torch.zeros(3, 8))),
+    "extra": set_value("extra", nn.Linear(1, 1)),
+    "gate": hook,
+    "left.weight": prune_weights,
+    "left": parametrize,
+}
+
 USES = {
     "forward": lambda net, x, path: net.forward_all(x),
     "deploy": lambda net, x, path: net.deploy(),
@@ -91,27 +130,48 @@ USES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("change", "name"), [(replace_head, "head"), (patch_forward, "mix"), (replace_inner, "norm"), (replace_model, "")]
-)
-def test_a_net_whose_modules_were_replaced_says_so(net, x, change, name, tmp_path):
+@pytest.mark.parametrize(("name", "change"), CHANGES.items())
+def test_a_net_whose_model_was_changed_says_so(net, x, change, name, tmp_path):
     own = copy.deepcopy(net)
     engine = own.deploy()
     own.forward_all(x)
     change(own)
     for use in USES.values():
-        with pytest.raises(SteppingError, match=re.escape(f"{f'net.model.{name}'.rstrip('.')}: this module was")):
+        with pytest.raises(SteppingError, match=re.escape(f"{f'net.model.{name}'.rstrip('.')}: this ")):
             use(own, x, tmp_path)
-    if change is not patch_forward:
-        with pytest.raises(SteppingError, match="modules were replaced"):
-            engine.start(x)
+    with pytest.raises(SteppingError, match=r"changed after deploy.*net\.model|its weights differ"):
+        engine.start(x)
+
+
+def test_parts_in_another_mode_than_the_net_are_noticed_and_frozen_ones_stay_frozen():
+    layers = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(8, 4)
+    model, images = nn.Sequential(*layers).train(), torch.randn(4, 1, 8, 8)
+    model[1].eval()
+    own = apply_steppingnet(model, ["40%", "80%"], example_inputs=images)
+    for other in (own, own.compact()):
+        for freeze in (False, True):  # frozen before the conversion, whatever train() says
+            other.train().model[1].train(not freeze)
+            before = other.model[1].running_mean.clone()
+            assert other(images).shape == (4, 4) and torch.equal(other.model[1].running_mean, before)
+        other.model[4].eval()
+        with pytest.raises(SteppingError, match=r"net\.model\.4: this is in eval mode while the net is in train mode"):
+            other(images)
+        other.eval().model[4].train()  # dropout as a source of samples
+        with pytest.raises(SteppingError, match=r"net\.model\.4: this is in train mode while the net is in eval mode"):
+            other(images)
+
+
+def test_images_of_another_type_are_named(net, x):
+    for wrong in (x.half(), x.double(), x.byte()):
+        with pytest.raises(SteppingError, match=r"wrong type of images.*expected torch\.float32 on cpu"):
+            net(wrong)
 
 
 def test_timms_reset_classifier_is_noticed():
     images = torch.randn(2, 1, 32, 32)
     net = apply_steppingnet(timm.create_model("lenet5", in_chans=1, num_classes=10), [0.3, 0.6], example_inputs=images)
     net.model.reset_classifier(3)
-    with pytest.raises(SteppingError, match=r"net\.model\.fc: this module was replaced by another Linear"):
+    with pytest.raises(SteppingError, match=r"net\.model\.fc: this was replaced by another Linear"):
         net(images)
 
 

@@ -321,7 +321,6 @@ def _watch(net: NestedNet) -> Callable[[], str | None]:
     reference, levels = weakref.ref(net), net.unit_levels.clone()
     tensors = [*net.model.parameters(), *net.model.buffers()]
     seen = [(weakref.ref(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
-    modules = [weakref.ref(m) for m in net.model.modules()]
 
     def changed() -> str | None:
         current = reference()
@@ -329,8 +328,8 @@ def _watch(net: NestedNet) -> Callable[[], str | None]:
             return None
         if current.unit_levels.device != levels.device or not torch.equal(current.unit_levels, levels):
             return "its levels differ"
-        if [m() for m in modules] != list(current.model.modules()):
-            return "its modules were replaced"
+        if found := current.structural_change():
+            return f"net.model.{found.path} {found.what}".replace(". ", " ")
         for held, place, version in seen:
             tensor = held()
             if tensor is None or tensor.data_ptr() != place or (version is not None and tensor._version != version):

@@ -65,10 +65,13 @@ def capture(model: nn.Module, image_size: tuple[int, ...], training: bool = Fals
     finally:
         for module, own in parameters.items():
             module._parameters.update(own)
+        other_mode = frozenset(path for path, module in model.named_modules() if module.training is not training)
         model.train()  # drops the tracer's fake tensors
         for module, flag in modes.items():
             module.training = flag
-    return _Canonicaliser(exported, model, training).run()
+    program = _Canonicaliser(exported, model, training).run()
+    program.other_mode = other_mode
+    return program
 
 
 def _export(model: nn.Module, image_size: tuple[int, ...]) -> torch.export.ExportedProgram:

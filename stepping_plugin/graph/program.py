@@ -36,6 +36,7 @@ class Program:
         constants: tensors that the model's code made itself (lifted by the tracer), by name.
         mutations: names of the buffers that the extra outputs update, in output order.
         training: whether the graph was captured in train mode.
+        other_mode: paths of modules that were captured in the other mode: frozen parts of a model in train mode.
     """
 
     graph: fx.Graph
@@ -43,6 +44,7 @@ class Program:
     training: bool
     constants: dict[str, Tensor] = field(default_factory=dict)
     mutations: list[str] = field(default_factory=list)
+    other_mode: frozenset[str] = frozenset()
 
     @property
     def output(self) -> fx.Node:

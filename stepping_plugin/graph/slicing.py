@@ -10,7 +10,7 @@ attention head), which keeps that order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,7 +96,8 @@ class _Slicer(Operands):
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.batches: dict[int, fx.Node] = {}
-        self.result = Program(self.graph, None, program.training, dict(program.constants), list(program.mutations))  # type: ignore[arg-type]
+        self.result = replace(program, graph=self.graph, constants=dict(program.constants),
+                              mutations=list(program.mutations))  # fmt: skip
         self._positions: dict[fx.Node, Tensor] = {}
 
     def run(self) -> Program:

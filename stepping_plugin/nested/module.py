@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from ..graph.weights import is_direct, weight_key
 from ..units.analysis import Analysis
 from ..units.levels import channel_levels
 from .build import NestedGraph, build_nested
+from .structure import Change, Structure
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,7 +51,6 @@ class NestedModule(nn.Module):
     def __init__(self, model: nn.Module, analysis: Analysis, n: int, standalone: bool = False) -> None:
         super().__init__()
         self.model = model
-        self._parts = _parts_of(model)
         self._form = n, standalone
         self._adopt(analysis)
 
@@ -62,6 +61,7 @@ class NestedModule(nn.Module):
         self.analysis = analysis
         self._graphs = {t: build_nested(p, *self._form) for t, p in analysis.programs.items()}
         self._slots: dict[bool, list[tuple[nn.Module, str]]] = {}
+        self._structure = Structure(self.model, {t: p.other_mode for t, p in analysis.programs.items()})
         self._masks = {name: f"_mask_{k}" for k, name in enumerate(analysis.weight_units)}
         self._layouts = weight_layouts(analysis)
         self._constants: dict[tuple[bool, str], str] = {}
@@ -95,6 +95,7 @@ class NestedModule(nn.Module):
 
     def run(self, x: Tensor, training: bool | None = None) -> Tensor:
         """Call the graph of a mode (None: the current one) and update the buffers that it changes (batch counters)."""
+        own_mode = training is None
         training = self.training if training is None else training
         if not isinstance(x, Tensor) or x.layout != torch.strided:
             got = f"layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
@@ -102,36 +103,53 @@ class NestedModule(nn.Module):
         if x.dim() != 4 or tuple(x.shape[1:]) != self.analysis.image_size:
             raise image_shape_error(x.shape, self.analysis.image_size)
         if not torch.compiler.is_compiling():  # the tracer needs no guard for every module
-            self.check_structure()
+            self.check_structure(training if own_mode else None)
         if training not in self._graphs:
             raise SteppingError("This net holds no graph for train mode: it was made for inference. Call eval() first.")
         graph = self._graphs[training]
-        result, *mutated = graph.module(x, *self._tensors(graph, training))
+        try:
+            result, *mutated = graph.module(x, *self._tensors(graph, training))
+        except RuntimeError as error:
+            self._check_type(x, error)
+            raise
         with torch.no_grad():
             for name, value in zip(graph.mutations, mutated):
                 self.model.get_buffer(name).copy_(value)
         return result
 
-    def check_structure(self) -> None:
-        """Refuse to go on after a module of `model` was replaced, or given another forward.
+    def _check_type(self, x: Tensor, error: RuntimeError) -> None:
+        """Whether images of another type or device than the weights are the reason of an error."""
+        kinds = {(p.dtype, p.device) for p in self.model.parameters() if p.is_floating_point()}
+        if not kinds or (x.dtype, x.device) in kinds or torch.is_autocast_enabled(x.device.type):
+            return
+        got, expected = (f"{dtype} on {device}" for dtype, device in ((x.dtype, x.device), min(kinds, key=str)))
+        action = "Convert the images, or the net with to()."
+        raise SteppingError(explain("wrong type of images", got=got, expected=expected, action=action)) from error
 
-        The net computes the graph that was captured; parameters, engines and files would be those of another model.
+    def structural_change(self, training: bool | None = None) -> Change | None:
+        """The first part of `model` that is not as it was captured; `training`: the mode that parts must be in."""
+        return self._structure.change(self, self.model, training)
+
+    def check_structure(self, training: bool | None = None) -> None:
+        """Refuse to go on after `model` was changed in what the captured graph does not follow.
+
+        The net computes that graph; parameters, engines and files would be those of another model.
+
+        Args:
+            training: the mode in which parts of the model must be; None: any.
 
         Raises:
-            SteppingError: names the module.
+            SteppingError: names the module, and the attribute.
         """
-        for part in self._parts:
-            now = part.parent._modules.get(part.name) if part.parent is not None else self.model
-            if now is part.module and now.__dict__.get("forward") is part.forward:
-                continue
-            what = "was removed" if now is None else f"was replaced by another {type(now).__name__}"
+        found = self.structural_change(training)
+        if found is not None:
             raise SteppingError(
                 explain(
-                    f"this module {what if now is not part.module else 'was given another forward'} after the "
-                    "conversion, and the net still computes what it was made from",
-                    where=f"net.model.{part.path}".rstrip("."),
-                    action="Change the model first and call apply_steppingnet again, or copy new weights into the old "
-                    "module with load_state_dict.",
+                    f"this {found.what} after the conversion, and the net still computes what it was made from",
+                    where=f"net.model.{found.path}".rstrip("."),
+                    action=found.action
+                    or "Change the model first and call apply_steppingnet again, or copy new "
+                    "weights into the old module with load_state_dict.",
                 )
             )
 
@@ -140,6 +158,7 @@ class NestedModule(nn.Module):
         return super().state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self.check_structure()
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__setstate__(copy.deepcopy(self.__dict__, memo))
         return made
@@ -179,27 +198,6 @@ class NestedModule(nn.Module):
         if name in _DELEGATED:
             return getattr(super().__getattr__("model"), name)
         return super().__getattr__(name)
-
-
-@dataclass
-class _Part:
-    """A module of the model as it was when the net was made."""
-
-    path: str
-    parent: nn.Module | None
-    name: str
-    module: nn.Module
-    forward: Any  # one that was set on the instance
-
-
-def _parts_of(model: nn.Module) -> list[_Part]:
-    parts = [_Part("", None, "", model, model.__dict__.get("forward"))]
-    for path, parent in model.named_modules():
-        for name, module in parent._modules.items():
-            if module is not None:
-                where = f"{path}.{name}".lstrip(".")
-                parts.append(_Part(where, parent, name, module, module.__dict__.get("forward")))
-    return parts
 
 
 def weight_layouts(analysis: Analysis) -> dict[str, tuple[tuple[int, ...], bool]]:
