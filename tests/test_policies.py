@@ -283,10 +283,30 @@ def test_unknown_policy_and_missing_scores():
         assign(analysis, macs, [macs.total])
 
 
-def test_budgets_too_close_for_a_new_unit():
+@pytest.mark.parametrize("policy", ["steppingnet", "any-width", "random"])
+@pytest.mark.parametrize("shares", [(0.5, 0.5002), (0.5, 0.51, 0.52, 0.53), (0.3, 0.32, 0.8, 1.0)])
+def test_budgets_closer_than_units_land_on_the_nearest_subnets_that_differ(policy, shares):
+    """The smaller ones are narrower than asked, no more than needed, and say so."""
     analysis, macs, scores = case("coarse")
-    with pytest.raises(BudgetError, match="further apart"):
-        assign(analysis, macs, [macs.total // 2, macs.total // 2 + 2], scores)
+    budgets = parse_budgets(list(shares), macs.total)
+    result = assign(analysis, macs, budgets, scores, policy)
+    assert_lands(result, budgets)
+    assert not find_plugs(analysis, result.levels, len(budgets))
+    assert result.macs[-1] >= 0.75 * budgets[-1]
+    assert any("no unit of its own" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ((0.101, 0.102), r"Subnets 1 and 2 .*budget 2 \(.* cost 9,226 \(10\.1%\), .* MACs\. Raise"),
+        ((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "reads 4 units.*Use at most 5 budgets"),
+    ],
+)
+def test_budgets_under_which_subnets_cannot_differ(shares, words):
+    analysis, macs, scores = case("coarse")
+    with pytest.raises(BudgetError, match=words):
+        assign(analysis, macs, parse_budgets(list(shares), macs.total), scores)
 
 
 def test_budget_below_the_floor():

@@ -46,6 +46,7 @@ from ..training.trainer import Batch, TrainConfig, Trainer, assert_same_levels
 from ..units.levels import locked_units
 from .config import ConstructionConfig
 from .counts import UnitClasses
+from .distinct import land_apart
 from .gradient_importance import GradientImportance
 from .importance import discount_copies, magnitude_scores
 from .landing import LandingResult, Planner, result_of, settle
@@ -263,16 +264,17 @@ class Construction:
         """
         analysis, n, net = self.net.analysis, self.net.num_subnets, self.net
         scores, locked = self.ranking(1), self._locked(net.levels)
-        planner = Planner(analysis, net.macs_model, net.levels, n, scores, locked, self.band)
-        notes: list[str] = []
-        for i, budget in enumerate(track(net.budgets, "landing on the budgets"), start=1):
-            planner.narrow(i)
-            planner.widen(i)
-            notes += settle(planner, i, budget)
-        result = result_of(planner, analysis, net.macs_model, notes)
-        if plugs := len(find_plugs(analysis, result.levels, n)):
-            action = "Put these budgets further apart, or use fewer of them."
-            raise BudgetError(f"{result.notes[-plugs]}. {action}")
+
+        def solve(targets: list[int]) -> LandingResult:
+            planner = Planner(analysis, net.macs_model, net.levels, n, scores, locked, self.band)
+            notes: list[str] = []
+            for i, target in enumerate(track(targets, "landing on the budgets"), start=1):
+                planner.narrow(i)
+                planner.widen(i)
+                notes += settle(planner, i, target)
+            return result_of(planner, analysis, net.macs_model, notes)
+
+        result = land_apart(solve, analysis, net.macs_model, net.budgets, net.reference_macs)
         for i, names in cut_off_groups(analysis, result.levels, n).items():
             reason = "no later layer has new units to read them"
             result.notes.append(f"subnet {i} has new units in {', '.join(names)} that it does not use: {reason}")

@@ -8,20 +8,20 @@ register it in `POLICIES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError, SteppingError, nearest
+from ..errors import SteppingError, nearest
 from ..units.analysis import Analysis
-from ..units.levels import check_budgets, check_scores, locked_units, pins_sentence
+from ..units.levels import check_budgets, check_scores, locked_units
 from ..units.macs import MacModel
 from .counts import UnitClasses
+from .distinct import land_apart
 from .importance import discount_copies
 from .landing import LandingResult, Planner, land, result_of, settle
-from .plugs import find_plugs
 from .uniform import BAND, INCREMENTS, Band, needed_widening, positions, uniform_band, uniform_levels
 
 __all__ = ["POLICIES", "Problem", "assign"]
@@ -69,10 +69,10 @@ def assign(
 
     Returns:
         Levels (units beyond the last budget are spare, N + 1), exact MACs, and a note for every subnet below
-        99 % of its budget.
+        99 % of its budget. Subnets all differ: see `distinct.land_apart`.
 
     Raises:
-        BudgetError: budgets that cannot be met, or at which a subnet could not differ from the one before.
+        BudgetError: budgets that cannot be met, or under which no subnets exist that all differ.
         SteppingError: unknown policy, or scores that cannot be ranked.
     """
     if policy not in POLICIES:
@@ -87,26 +87,12 @@ def assign(
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     copies = lineage[-1] if lineage else None
     problem = Problem(analysis, macs_model, budgets, scores, generator, relative_band, increments, copies)
-    result = POLICIES[policy](problem)
-    _refuse_plugs(analysis, budgets, result)
-    return result
+    state, reference = generator.get_state(), reference_macs or macs_model.total
 
+    def solve(targets: list[int]) -> LandingResult:
+        return POLICIES[policy](replace(problem, budgets=targets, generator=generator.set_state(state)))
 
-def _refuse_plugs(analysis: Analysis, budgets: list[int], result: LandingResult) -> None:
-    plugs = find_plugs(analysis, result.levels, len(budgets))
-    if not plugs:
-        return
-    plug = plugs[0]
-    if not plug.groups:
-        raise BudgetError(
-            "Every channel that the classifier reads is pinned to level 1, so all subnets would give the "
-            f"same scores. Use one budget.{pins_sentence(analysis)}"
-        )
-    raise BudgetError(
-        f"Subnets {plug.subnet - 1} and {plug.subnet} would give the same scores: budget {plug.subnet} "
-        f"({budgets[plug.subnet - 1]:,} MACs) leaves the classifier no new unit to read "
-        f"({', '.join(plug.groups)}). Put these budgets further apart, or use fewer of them."
-    )
+    return land_apart(solve, analysis, macs_model, budgets, reference)
 
 
 # ------------------------------------------------------------------------------------------------- policies

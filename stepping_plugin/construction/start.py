@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BudgetError, SteppingError
+from ..errors import SteppingError
 from ..files.origin import describe_origin
 from ..graph.program import unwrap
 from ..net import SteppingNet
 from ..training.loader import EpochLoader
 from ..training.trainer import Batch
 from ..units.analysis import Analysis
-from ..units.levels import check_budgets, parse_budgets, pins_sentence
+from ..units.levels import check_budgets, parse_budgets
 from ..units.macs import MacModel, static_macs
 from ..units.witness import find_units
 from .config import ConstructionConfig
+from .distinct import check_distinct
 from .expansion import least_expansion
 from .importance import magnitude_scores
 from .landing import LandingResult
 from .original import check_model, private_copy, reference_notes, structure_notes
-from .plugs import head_units
 from .policies import assign
 from .widening import reinitialise, widen
 
@@ -125,7 +125,7 @@ def start_network(
     if config.init == "random":
         reinitialise(widened.model, seed)
     check_budgets(widened.analysis, MacModel(widened.analysis), budgets, reference_macs)
-    _check_plugs(widened.analysis, len(budgets))
+    check_distinct(widened.analysis, MacModel(widened.analysis), budgets, reference_macs)
     lineage = [widened.copies] if factor > 1 else []
     ones = torch.ones(widened.analysis.num_units, dtype=torch.long)
     net = SteppingNet(widened.model, widened.analysis, ones, budgets, reference_macs, origin, lineage)
@@ -133,17 +133,6 @@ def start_network(
         net.notes.append(f"widened by {factor:g} times, so that budget {len(budgets)} can be used up")
     net.notes += widened.notes
     return net
-
-
-def _check_plugs(analysis: Analysis, n: int) -> None:
-    """Subnets differ by units that the classifier reads; refuse what training and landing could not mend."""
-    read = int(head_units(analysis).sum())
-    if read < n - 1:
-        layer = analysis.layers[-1].name
-        raise BudgetError(
-            f"{layer}: the classifier reads {read} units that may move, its other inputs are pinned to level 1, so "
-            f"{n} subnets cannot all differ. Use at most {read + 1} budgets.{pins_sentence(analysis)}"
-        )
 
 
 def endless(loader: Iterable[Batch], start: int = 0) -> Iterator[Batch]:

@@ -155,6 +155,7 @@ class NestedNet(NestedModule):
         """
         if self.completion is None:
             return
+        self.check_structure()
         analysis, self.completion = self.completion(), None
         self._adopt(analysis)
         self.macs_model = MacModel(analysis)
