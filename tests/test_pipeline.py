@@ -90,6 +90,8 @@ def test_validate_plans_without_training(capsys):
     facts = plan(load_recipe("digits", []))
     assert all(0.97 * b <= m <= b for m, b in zip(facts["macs"], facts["budgets"]))
     assert facts["start_macs"] > facts["reference_macs"]
+    assert main(["validate", "digits", "retrain.batch_size=1"]) == 1
+    assert "retrain.batch_size=1: batch norm cannot learn from a batch of one image" in capsys.readouterr().err
 
 
 def test_five_mistakes_five_messages(capsys):

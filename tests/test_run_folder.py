@@ -190,6 +190,8 @@ def test_missing_inputs_are_told_before_a_folder_is_made(tmp_path):
         ("model.kwargs.foo=3", SteppingError, "foo"),
         ("data.std=[0.5,0.5]", SteppingError, "one per channel"),
         ("data.shift=9", SteppingError, "leave the frame"),
+        ("retrain.batch_size=1", SteppingError, "retrain.batch_size=1: batch norm"),
+        ("construction.batch_size=1", SteppingError, "construction.batch_size=1: batch norm"),
         ("retrain={distill_from: teacher, teacher: {name: lenet5, kwargs: {foo: 1}}}", SteppingError, "foo"),
     ],
 )

@@ -16,14 +16,17 @@ import pytest
 import timm
 import torch
 from small_nets import PLAIN_SGD, assert_close, data, loader, small_model, small_net, tensors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stepping_plugin import ConstructionConfig, apply_steppingnet
 from stepping_plugin.errors import CheckpointError, SteppingError
 from stepping_plugin.training.batches import images_at_hand
 from stepping_plugin.training.checkpoint import load_checkpoint, save_checkpoint
+from stepping_plugin.training.loader import EpochLoader, TensorSet
 from stepping_plugin.training.loop import CHECKPOINT, LOG, fit
+
+SET = TensorSet(torch.zeros(8, 1, 6, 6, dtype=torch.uint8), torch.zeros(8).long(), (0.5,), (0.5,))
 
 
 class Faulty:
@@ -111,12 +114,51 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT, LOG]
 
 
-def test_batch_norm_refuses_a_batch_of_one_and_others_take_it():
-    with pytest.raises(SteppingError, match=r"batch of one.*drop_last"):
-        fit(small_net(), loader(8, 33), config=PLAIN_SGD)
+class Untouched:
+    """A loader that must not be asked for a batch."""
+
+    def __init__(self, size: int, drop_last: bool = False) -> None:
+        self.batch_size, self.sampler, self.drop_last = size, range(33), drop_last
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        raise AssertionError("training has begun")
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(
+    "batches", [Untouched(8), Untouched(1), loader(8, 33), [data(8), data(1)], EpochLoader(SET, 1, train=True)]
+)
+def test_batches_of_one_are_refused_before_training_where_batch_norm_learns(norm, batches):
+    frozen = small_model().double().eval()
+    for module in frozen.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train = lambda mode, own=module: own  # stays in eval mode
+    for net in (small_net(norm=norm), small_model().double() if norm else frozen):
+        if norm:
+            with pytest.raises(SteppingError, match=r"training loader: .*batch of one.*drop_last"):
+                fit(net, batches, config=PLAIN_SGD)
+        elif not isinstance(batches, Untouched):
+            assert len(fit(net, batches, config=PLAIN_SGD).epochs) == 2
+    with pytest.raises(AssertionError, match="has begun"):  # the last batch is left out
+        fit(small_net(), Untouched(8, drop_last=True), config=PLAIN_SGD)
+
+
+class Single:
+    """One picture, of which no attribute tells."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield data(1)
+
+
+def test_a_batch_of_one_that_no_loader_told_of_is_refused_when_it_comes():
     with pytest.raises(SteppingError, match="batch of one"):
-        fit(small_model().double(), loader(1), config=PLAIN_SGD)
-    assert len(fit(small_net(norm=False), loader(8, 33), config=PLAIN_SGD).epochs) == 2
+        fit(small_net(), Single(), config=PLAIN_SGD)
 
 
 class Unsized:

@@ -41,6 +41,7 @@ from torch import Tensor
 from ..console.progress import Stage, stage, track
 from ..errors import BudgetError, CheckpointError, explain
 from ..net import SteppingNet
+from ..training.batches import check_batch_size
 from ..training.checkpoint import ADVICE, differences
 from ..training.trainer import Batch, TrainConfig, Trainer, assert_same_levels
 from ..units.levels import locked_units
@@ -92,6 +93,7 @@ class Construction:
         device: str = "auto",
     ) -> None:
         self.net, self.config, self.seed = net, config or ConstructionConfig(), seed
+        check_batch_size(net, train_loader)
         settings = TrainConfig.of(self.config, epochs=1, sched="none", device=device)
         sequential = self.config.updates == "sequential"
         self.trainer = Trainer(net, settings, 1, beta=self.config.beta, sequential=sequential)

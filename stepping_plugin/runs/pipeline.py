@@ -32,6 +32,7 @@ from ..construction.start import one_shot
 from ..errors import SteppingError, explain
 from ..graph.device import usable_device
 from ..net import SteppingNet, load
+from ..training.batches import learns_from_batches, single_image, smallest_batch
 from ..training.checkpoint import random_state, save_checkpoint, seed_generators
 from ..training.interrupts import ctrl_c
 from ..training.loop import TrainConfig, fit
@@ -87,9 +88,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     run = Run(recipe, Path("."), lambda text: None)
     if recipe.model.net is not None:
         net = load(recipe.model.net)
+        run.check_batches(net)
         return {"reference_macs": net.reference_macs, "start_macs": net.macs[-1], "units": net.analysis.num_units,
                 "budgets": net.budgets, "macs": net.macs, "notes": net.notes}  # fmt: skip
     net = run.start(run.build_model(recipe.model, pretrained=False))
+    run.check_batches(net)
     start = net.macs[0]
     planned = one_shot(net, recipe.construction.policy, seed=recipe.seed)
     return {"reference_macs": net.reference_macs, "start_macs": start, "units": net.analysis.num_units,
@@ -156,13 +159,28 @@ class Run(Parts):
             if not path.is_file():
                 raise SteppingError(explain("no such file", where=key, got=str(path), action="Check the path."))
         if recipe.model.net is not None:
-            self.check_classes(load(recipe.model.net))
+            net = load(recipe.model.net)
+            self.check_classes(net)
+            self.check_batches(net)
         elif fresh or first_to_do(self.folder, recipe) < 2 or not (self.folder / "original.safetensors").is_file():
-            self.start(self.build_model(recipe.model, pretrained=False))
+            self.check_batches(self.start(self.build_model(recipe.model, pretrained=False)))
         if recipe.retrain.epochs and recipe.retrain.teacher is not None:
             self.build_model(recipe.retrain.teacher, pretrained=False)
         elif recipe.retrain.epochs and recipe.model.net is not None:
             self.teacher(None)
+
+    def check_batches(self, net: SteppingNet) -> None:
+        """Refuse batches of one image where batch norm learns from them; every stage would find out when it begins."""
+        recipe, made = self.recipe, self.recipe.model.net is None
+        stages = {
+            "train": made and recipe.train.epochs > 0,
+            "construction": made and recipe.construction.policy == "steppingnet",
+            "retrain": recipe.retrain.epochs > 0,
+        }
+        sizes = {name: getattr(recipe, name).batch_size for name, comes in stages.items() if comes}
+        wrong = [f"{name}.batch_size={n}" for name, n in sizes.items() if smallest_batch(self.loader("train", n)) == 1]
+        if wrong and learns_from_batches(net):
+            raise single_image(", ".join(wrong))
 
     @contextlib.contextmanager
     def _held(self, fresh: bool, source: str | Path | None) -> Iterator[None]:

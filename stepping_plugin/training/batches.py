@@ -6,12 +6,17 @@ from collections.abc import Sized
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stepping_plugin.errors import SteppingError, explain
+from stepping_plugin.graph.program import call_arg, op_name
+from stepping_plugin.nested.net import NestedNet
 from stepping_plugin.training.checkpoint import random_state, restore_random_state
+from stepping_plugin.training.loader import EpochLoader
 
-__all__ = ["check_target", "checked_batch", "images_at_hand"]
+__all__ = ["check_batch_size", "check_target", "checked_batch", "images_at_hand", "learns_from_batches", "single_image",
+           "smallest_batch"]  # fmt: skip
 
 
 def images_at_hand(*sources: Any) -> Tensor | None:
@@ -35,6 +40,58 @@ def images_at_hand(*sources: Any) -> Tensor | None:
             generator.set_state(state)
     images = first[0] if isinstance(first, (tuple, list)) and first else first
     return images if isinstance(images, Tensor) and images.dim() == 4 else None
+
+
+def learns_from_batches(net: nn.Module) -> bool:
+    """Whether there is a batch norm that takes its statistics from the batch in train mode: one image has none."""
+    program = net.analysis.programs.get(True) if isinstance(net, NestedNet) else None
+    if program is not None:  # a net that was loaded for inference has none yet
+        return any(op_name(node) == "batch_norm" and call_arg(node, "training") for node in program.operators())
+    net = net.model if isinstance(net, NestedNet) else net
+    modes = {module: module.training for module in net.modules()}
+    try:
+        net.train()  # parts may refuse to leave eval mode
+        return any(isinstance(module, _BatchNorm) and module.training for module in modes)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def single_image(where: str | None = None, got: str | None = None) -> SteppingError:
+    """The error for what `learns_from_batches` and meets a batch of one image."""
+    action = "Use batch_size >= 2 per process, and drop_last=True if only the last batch is that small."
+    return SteppingError(
+        explain("batch norm cannot learn from a batch of one image", where=where, got=got, action=action)
+    )
+
+
+def smallest_batch(loader: Any) -> int | None:
+    """Images of the smallest batch that a loader will give, where it tells before it is gone through."""
+    if isinstance(loader, (list, tuple)):
+        sizes = [len(b[0]) for b in loader if isinstance(b, (list, tuple)) and b and isinstance(b[0], Tensor)]
+        return min(sizes, default=None)
+    size = getattr(loader, "batch_size", None)
+    try:
+        samples = len(loader.dataset if isinstance(loader, EpochLoader) else loader.sampler)
+    except (TypeError, AttributeError):
+        return None
+    if isinstance(size, bool) or not isinstance(size, int) or samples < 1 or size < 1:
+        return None
+    if isinstance(loader, EpochLoader):
+        samples = -(-samples // loader.world)
+        return min(size, samples) if loader.train else samples % size or size
+    return size if getattr(loader, "drop_last", False) else samples % size or size
+
+
+def check_batch_size(net: nn.Module, loader: Any) -> None:
+    """Refuse batches that would stop a training, however late they come.
+
+    Raises:
+        SteppingError: a batch of one image, and a batch norm that learns from it.
+    """
+    if smallest_batch(loader) == 1 and learns_from_batches(net):
+        size = getattr(loader, "batch_size", None)
+        raise single_image("training loader", None if size is None else f"batch_size {size}, the smallest batch is 1")
 
 
 def checked_batch(batch: Any) -> tuple[Tensor, Tensor]:

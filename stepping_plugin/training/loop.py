@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from stepping_plugin.console.progress import Stage, manner, stage
 from stepping_plugin.errors import CheckpointError, SteppingError, explain
 from stepping_plugin.nested.net import NestedNet
+from stepping_plugin.training.batches import check_batch_size
 from stepping_plugin.training.checkpoint import (
     differences,
     load_checkpoint,
@@ -123,6 +124,7 @@ def fit(
     batches = _length(train_loader)
     if config.epochs == 0:
         return History()
+    check_batch_size(net, train_loader)
     criterion = SubnetLoss(gamma, temperature, config.smoothing, subnet_weights, from_largest)
     updates_per_epoch = math.ceil(batches / config.grad_accum_steps)
     guided = teacher is not None and teacher.training

@@ -23,14 +23,13 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from stepping_plugin.errors import CheckpointError, SteppingError, explain
 from stepping_plugin.graph.device import usable_device
 from stepping_plugin.nested.net import NestedNet
 from stepping_plugin.tensorfile import not_finite
-from stepping_plugin.training.batches import check_target, checked_batch
+from stepping_plugin.training.batches import check_target, checked_batch, learns_from_batches, single_image
 from stepping_plugin.training.evaluation import AllScores, evaluate
 from stepping_plugin.training.losses import SubnetLoss
 from stepping_plugin.training.state import TrainerState, check_optimizer, validated
@@ -224,9 +223,8 @@ class Trainer:
         kind = next(self.net.parameters()).dtype
         images = images.to(self.device, kind, non_blocking=True, memory_format=self.layout)
         target = target.to(self.device, non_blocking=True)
-        if len(images) == 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.net.modules()):
-            action = "Use batch_size >= 2 per process, and drop_last=True if only the last batch is that small."
-            raise SteppingError(explain("batch norm cannot learn from a batch of one image", action=action))
+        if len(images) == 1 and learns_from_batches(self.net):
+            raise single_image()
         return self.mixup(images, target) if self.mixup is not None else (images, target)
 
     def _teach(self, images: Tensor) -> Tensor | None:
