@@ -12,7 +12,7 @@ from nets import images, randomise
 from torch import nn
 
 import stepping_plugin.integrations.timm  # noqa: F401 - registers the small networks
-from stepping_plugin import BudgetError, SteppingError
+from stepping_plugin import BudgetError, CheckpointError, SteppingError
 from stepping_plugin.cli import main
 from stepping_plugin.integrations.fvcore import count_macs
 from stepping_plugin.integrations.torch_pruning.to_budget import PRUNERS, loss_gradients, prune_to_budget
@@ -312,6 +312,28 @@ def test_other_settings_are_refused_but_unknown_keys_are_not(done):
 def test_seeds_are_not_overridden(tmp_path):
     with pytest.raises(SteppingError, match="give --seeds"):
         comparison(tmp_path, ["scratch"], overrides=[*TINY, "seed=5"])
+
+
+def test_two_comparisons_that_make_the_same_are_refused_and_others_are_not(tmp_path):
+    """The second one at once, whether it shares the results or the unfinished jobs; nothing was made for it."""
+    seen = []
+
+    def second(text):
+        if seen:
+            return
+        seen.append(text)
+        for shared in ("results", "work"):
+            other, _ = comparison(tmp_path / "other", ["any-width"])
+            setattr(other, shared, tmp_path / shared)
+            with pytest.raises(CheckpointError, match="is being made by another comparison"):
+                compare(other)
+        assert not list(tmp_path.rglob("*.json"))
+        compare(comparison(tmp_path, ["any-width"], seeds=(1,))[0])
+
+    first, _ = comparison(tmp_path, ["any-width"])
+    first.say = second
+    compare(first)
+    assert seen and len(read_all(tmp_path / "results")) == 2
 
 
 def test_a_method_that_cannot_is_a_result(tmp_path):

@@ -29,7 +29,7 @@ from .recipe import dump_recipe, parse_recipe
 from .recipe_schema import Recipe
 from .stages import STAGES, changes, first_stage, settings_of
 
-__all__ = ["first_to_do", "opened_folder"]
+__all__ = ["first_to_do", "locked", "opened_folder"]
 
 MARKER, LOCK, RECIPE, EARLIER = ".stepping-run.json", ".stepping-run.lock", "recipe.yaml", "earlier"
 FILES = (RECIPE, *(name for stage in STAGES for name in stage.files))
@@ -67,7 +67,7 @@ def opened_folder(
             _check_inputs(folder, inputs or {}, recipe, fresh)
             _check_ownership(folder, recipe)
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder / LOCK, lambda: _in_use(folder)))
             _check_ownership(folder, recipe)  # again: now nobody else changes it
             _take(folder, recipe, fresh, say)
         except OSError as error:
@@ -332,19 +332,29 @@ def _discard(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / LOCK, timeout=0)
+def locked(path: Path, refusal: Callable[[], str]) -> Iterator[None]:
+    """Hold a lock file, which the system lets go when the process ends, however it ends.
+
+    Raises:
+        CheckpointError: somebody else holds it; `refusal` gives the text.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise CheckpointError(
-            f"{folder} is in use by another run{_holder(folder)}. Wait for it to end, or choose another folder with "
-            "output=DIR."
-        ) from None
+        raise CheckpointError(refusal()) from None
     try:
         yield
     finally:
         lock.release()
+
+
+def _in_use(folder: Path) -> str:
+    return (
+        f"{folder} is in use by another run{_holder(folder)}. Wait for it to end, or choose another folder with "
+        "output=DIR."
+    )
 
 
 def _holder(folder: Path) -> str:

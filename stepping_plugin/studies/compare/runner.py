@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -16,6 +17,7 @@ from torch import nn
 
 from ...console.progress import track
 from ...errors import BudgetError, CaptureError, SteppingError
+from ...runs.folder import locked
 from ...runs.machine import describe_machine
 from ...runs.pipeline import Run
 from ...runs.recipe import load_recipe
@@ -65,6 +67,11 @@ class Comparison:
         """Folder of the recipe's results."""
         return Path(self.recipe).stem
 
+    def job_folder(self, variant: Variant, seed: int) -> Path:
+        """Where a job keeps what it needs to be continued."""
+        settings = flat(variant.recipe(self.recipe, self.overrides, seed))
+        return self.work / f"{self.name}-{variant.name}-{seed}-{_digest(settings)}"
+
     def missing(self) -> list[tuple[Variant, int]]:
         """Jobs without a result, seed after seed; a variant that is the reference by another name is not run twice.
 
@@ -103,25 +110,38 @@ def compare(comparison: Comparison) -> list[Path]:
 
     Raises:
         SteppingError: recipe, data or earlier results do not fit, or several processes run it.
+        CheckpointError: another comparison makes one of the results.
     """
     if processes("cpu").num_processes > 1:
         raise SteppingError("compare: start it once, not by a launcher; a comparison runs in one process.")
     written = []
-    jobs = comparison.missing()
-    for number, (variant, seed) in enumerate(track(jobs, f"comparison {comparison.name}"), start=1):
-        comparison.say(f"{comparison.name}: {variant.name}, seed {seed} ({number} of {len(jobs)})")
-        result = _run_job(comparison, variant, seed)
-        written.append(write(comparison.results, result))
-        shown = " ".join(f"{100 * a.accuracy:.2f}" for a in result.alone) or result.reason
-        comparison.say(f"  alone: {shown}; {result.seconds:.0f} s")
+    with contextlib.ExitStack() as held:
+        for variant, seed in comparison.missing():
+            for place in (result_path(comparison.results, comparison.name, variant.name, seed),
+                          comparison.job_folder(variant, seed)):  # fmt: skip
+                held.enter_context(_held(place))
+        jobs = comparison.missing()  # again: now nobody else writes them
+        for number, (variant, seed) in enumerate(track(jobs, f"comparison {comparison.name}"), start=1):
+            comparison.say(f"{comparison.name}: {variant.name}, seed {seed} ({number} of {len(jobs)})")
+            result = _run_job(comparison, variant, seed)
+            written.append(write(comparison.results, result))
+            shown = " ".join(f"{100 * a.accuracy:.2f}" for a in result.alone) or result.reason
+            comparison.say(f"  alone: {shown}; {result.seconds:.0f} s")
     return written
+
+
+def _held(place: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep other comparisons from a result, or from the folder of a job or an original."""
+    lock = place.parent / f".{place.name}.lock"
+    return locked(lock, lambda: f"{place} is being made by another comparison. Wait for it to end, or choose other "
+                                "folders with --results and --work, or other --seeds or --methods.")  # fmt: skip
 
 
 def _run_job(comparison: Comparison, variant: Variant, seed: int) -> Result:
     recipe = variant.recipe(comparison.recipe, comparison.overrides, seed)
     assert_comparable(recipe, variant.method)
     settings, torch_seed = flat(recipe), recipe.seed
-    folder = comparison.work / f"{comparison.name}-{variant.name}-{seed}-{_digest(settings)}"
+    folder = comparison.job_folder(variant, seed)
     if comparison.again and folder.is_dir():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,10 +179,11 @@ def _original(comparison: Comparison, seed: int) -> tuple[nn.Module, float]:
         parts = flat(recipe)
         own = {k: v for k, v in parts.items() if k.split(".")[0] in ("model", "data", "train", "seed")}
         folder = comparison.work / f"{comparison.name}-original-{seed}-{_digest(own)}"
-        folder.mkdir(parents=True, exist_ok=True)
         run = Run(recipe, folder, lambda text: comparison.say(f"  {text}"))
-        torch.manual_seed(seed)
-        model = run.train_original()
+        with _held(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.manual_seed(seed)
+            model = run.train_original()
         accuracy = run.accuracy(model)[0]
         comparison._originals[seed] = model.cpu(), accuracy
     return comparison._originals[seed]
