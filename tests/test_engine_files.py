@@ -4,7 +4,6 @@ import functools
 import json
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from stepping_plugin.cli import main
 from stepping_plugin.engine import compile_engine, load_engine
 from stepping_plugin.errors import CheckpointError, SteppingError
 from stepping_plugin.files.graphs import find_operator
-from stepping_plugin.files.origin import describe_origin
 
 MODELS = ("test_resnet", "test_vit")
 
@@ -48,28 +46,6 @@ def saved(tmp_path_factory):
 
 def batch(engine, size):
     return images(engine.image_size, size).to(engine.dtype)
-
-
-def chain(manifest, x, run):
-    """Scores of all subnets from exported steps, moving caches about as the manifest says."""
-    caches, scores = {"image": x}, []
-    for step in manifest["steps"]:
-        for entry in step["inputs"]:
-            assert matches(entry["shape"], caches[entry["cache"]].shape, len(x)), entry
-        results = run(step, [caches[entry["cache"]] for entry in step["inputs"]])
-        for entry, result in zip(step["outputs"], results, strict=True):
-            assert matches(entry["shape"], result.shape, len(x)), entry
-            assert str(result.dtype) == f"torch.{entry['dtype']}"
-            caches[entry["cache"]] = result
-        for name in step["drop"]:
-            del caches[name]
-        scores.append(caches["scores"])
-    return scores
-
-
-def matches(described, shape, size):
-    known = [eval(s, {"batch": size}) if isinstance(s, str) else s for s in described]
-    return known == list(shape)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -208,101 +184,6 @@ def test_operators_without_a_name_are_refused_on_saving(tmp_path):
     with pytest.raises(SteppingError, match=r"aten\.relu_"):
         engine.save(tmp_path / "engine")
     assert list(tmp_path.iterdir()) == []
-
-
-# ------------------------------------------------------------------------------------------ export
-
-
-@pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
-def test_torch_export_equals_the_engine(name, tmp_path):
-    engine = engine_of(name)
-    manifest = engine.export(tmp_path)
-    assert manifest == json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["batch"] == "dynamic" and manifest["macs"] == engine.macs and not manifest["notes"]
-    for step in manifest["steps"]:
-        with zipfile.ZipFile(tmp_path / step["file"]) as archive:  # torch's pickles are archives of their own, or .pkl
-            members = archive.namelist()
-            assert members and not [m for m in members if m.endswith(".pkl") or archive.read(m)[:2] == b"PK"]
-    modules = {s["file"]: torch.export.load(tmp_path / s["file"]).module() for s in manifest["steps"]}
-    for size in (1, 4):
-        x = batch(engine, size)
-        with torch.no_grad():
-            scores = chain(manifest, x, lambda step, given: modules[step["file"]](*given))
-        for ours, theirs in zip(scores, engine.steps(x), strict=True):
-            assert relative(ours, theirs) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
-def test_onnx_equals_the_engine(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    engine = engine_of(name)
-    manifest = engine.export(tmp_path, "onnx")
-    runners = {
-        s["file"]: runtime.InferenceSession(tmp_path / s["file"], providers=["CPUExecutionProvider"])
-        for s in manifest["steps"]
-    }
-
-    def run(step, given):
-        named = {e["name"]: c.numpy() for e, c in zip(step["inputs"], given, strict=True)}
-        return [torch.from_numpy(r) for r in runners[step["file"]].run([e["name"] for e in step["outputs"]], named)]
-
-    for size in (1, 4):
-        x = batch(engine, size)
-        for ours, theirs in zip(chain(manifest, x, run), engine.steps(x), strict=True):
-            assert relative(ours, theirs) < 1e-5
-
-
-def test_bad_export_requests(engine, tmp_path, monkeypatch):
-    with pytest.raises(SteppingError, match="did you mean 'onnx'"):
-        engine.export(tmp_path, "onxx")
-    for wrong in (0, True, 1.5):
-        with pytest.raises(SteppingError, match="bad batch size"):
-            engine.export(tmp_path, batch_size=wrong)
-    monkeypatch.setattr("stepping_plugin.engine.export.PACKAGES", ("onnx_that_is_not_there",))
-    with pytest.raises(SteppingError, match="pip install onnx onnxscript onnxruntime"):
-        engine.export(tmp_path, "onnx")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_batch_that_cannot_stay_open_is_fixed_with_a_note(tmp_path, monkeypatch):
-    engine, capture = engine_of("lenet5"), torch.export.export
-
-    def only_fixed(module, given, dynamic_shapes, **options):
-        if any(dynamic_shapes):
-            raise ValueError("the batch must be a number")
-        return capture(module, given, dynamic_shapes=dynamic_shapes, **options)
-
-    monkeypatch.setattr(torch.export, "export", only_fixed)
-    manifest = engine.export(tmp_path)
-    assert manifest["batch"] == 1 and "batch size is fixed at 1" in manifest["notes"][0]
-    assert manifest["steps"][0]["inputs"][0]["shape"] == [1, *engine.image_size]
-
-
-def test_a_net_without_increments_exports(tmp_path):
-    """Step 2 computes nothing: the scores pass through."""
-    engine = compile_engine(nested(model("lenet5"), n=2, seed=None).eval())
-    manifest, x = engine.export(tmp_path), batch(engine, 2)
-    with torch.no_grad():
-        scores = chain(manifest, x, lambda step, given: torch.export.load(tmp_path / step["file"]).module()(*given))
-    assert relative(scores[1], engine.start(x).logits) < 1e-5 and manifest["steps"][1]["macs"] == 0
-
-
-def test_command_line_exports_a_run_folder(tmp_path, capsys):
-    net = nested(model("lenet5"), n=2, seed=1)
-    net.origin = describe_origin(net.model, net.analysis.image_size)
-    net.save(tmp_path / "net.safetensors")
-    assert main(["export", str(tmp_path), "--batch-size", "2"]) == 0
-    assert "step1.pt2, step2.pt2, manifest.json (batch size: 2)" in capsys.readouterr().out
-    folder = tmp_path / "export-torch"
-    assert {p.name for p in folder.iterdir()} == {"step1.pt2", "step2.pt2", "manifest.json"}
-    manifest = json.loads((folder / "manifest.json").read_text())
-    x = images(net.analysis.image_size, 2).float()
-    with torch.no_grad():
-        scores = chain(manifest, x, lambda step, given: torch.export.load(folder / step["file"]).module()(*given))
-        assert relative(torch.stack(scores), net.eval().forward_all(x)) < 1e-5
-    assert main(["export", str(tmp_path / "nothing")]) == 1
-    assert "no such file" in capsys.readouterr().err
 
 
 def test_command_line_times_the_engine(capsys):

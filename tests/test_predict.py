@@ -10,8 +10,8 @@ from nets import relative
 
 from stepping_plugin.engine import engine as engine_module
 from stepping_plugin.engine import entropy, margin, max_probability
-from stepping_plugin.engine.clock import PATIENCE, StepClock
 from stepping_plugin.errors import SteppingError
+from stepping_plugin.runtimes.clock import PATIENCE, StepClock
 
 
 def test_predict_without_a_rule_runs_all_subnets(small):

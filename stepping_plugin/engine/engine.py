@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import SteppingError, explain, image_shape_error
 from ..graph.program import named_tensors
 from ..nested.net import NestedNet
-from .clock import StepClock
+from ..runtimes.clock import StepClock
 from .emit import SCORES, emit_steps
 from .exact import ExactSubnet
 from .exit import ExitRule, as_rule, stop_now
@@ -138,7 +138,7 @@ class Engine(ProgramSet):
             x: images (B, C, H, W).
             until: see `exit.as_rule`; without it all samples step to the last subnet.
             deadline: seconds from now. Subnet 1 always runs; a further step only if the step times measured
-                so far say that it ends in time, or, rarely, to measure it again (`clock.StepClock` says how
+                so far say that it ends in time, or, rarely, to measure it again (`runtimes.clock.StepClock` says how
                 rarely, and what that guarantees).
         """
         began = time.perf_counter()
@@ -198,10 +198,10 @@ class Engine(ProgramSet):
         return _unpack, pack_engine(self)
 
     def export(
-        self, folder: str | os.PathLike[str], format: str = "torch", batch_size: int | None = None
+        self, folder: str | os.PathLike[str], format: str = "torch", batch_size: int | None = None, **options: Any
     ) -> dict[str, Any]:
-        """Write one `torch.export` or ONNX file per step and a manifest, see `export.export_engine`."""
-        return export_engine(self, folder, format, batch_size)
+        """Write the steps for another runtime, and a manifest, see `export.export_engine`."""
+        return export_engine(self, folder, format, batch_size, **options)
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor):

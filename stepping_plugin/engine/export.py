@@ -1,4 +1,4 @@
-"""Step programs as files of other runtimes: `torch.export` programs or ONNX, caches as named inputs and outputs.
+"""Step programs as files of other runtimes, caches as named inputs and outputs.
 
 Step programs have no side effects and consist of ATen operators, so that they are exported as they are; what
 `engine.fuse` makes of them for running is not. `manifest.json` beside the files says what goes where.
@@ -6,7 +6,6 @@ Step programs have no side effects and consist of ATen operators, so that they a
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,74 +18,73 @@ from torch import Tensor
 from ..console.progress import track
 from ..errors import SteppingError, explain, nearest
 from .emit import IMAGE, StepProgram
+from .onnx_files import NEW, require_onnx, share_weights, write_onnx
 from .plan import BatchAxis
 from .program_set import ProgramSet
+from .torch_files import check_compiler, check_executorch, write_aoti, write_executorch, write_torch
 
-__all__ = ["export_engine"]
+__all__ = ["FORMATS", "export_engine"]
 
-SUFFIXES = {"torch": "pt2", "onnx": "onnx"}
-PACKAGES = ("onnx", "onnxscript")
-NEW = ".new"  # ends the name of an ONNX output: inputs and outputs may not share names
+# Formats of one file with all steps: what writes it, its name, and what has to be there.
+_ARCHIVES: dict[str, tuple[Callable[..., None], str, Callable[[], None]]] = {
+    "torch": (write_torch, "programs.pt2", lambda: None),
+    "aoti": (write_aoti, "kernels.pt2", check_compiler),
+    "executorch": (write_executorch, "programs.pte", check_executorch),
+}
+FORMATS = ("torch", "onnx", "aoti", "executorch")
+WEIGHTS = "weights.bin"
 _TRACED_BATCH = 3  # 0 and 1 are special to the tracer; no axis that is not the batch should be taken for it
 
 
 def export_engine(
-    engine: ProgramSet, folder: str | os.PathLike[str], format: str = "torch", batch_size: int | None = None
+    engine: ProgramSet,
+    folder: str | os.PathLike[str],
+    format: str = "torch",
+    batch_size: int | None = None,
+    *,
+    external_data: bool = False,
 ) -> dict[str, Any]:
-    """Write one file per step and `manifest.json`, which is written last.
+    """Write all steps and `manifest.json`, which is written last.
 
     Args:
         engine: deployed or loaded.
         folder: made if it does not exist; files of an earlier export are replaced.
-        format: "torch" (`torch.export.load` reads step1.pt2, ...) or "onnx" (step1.onnx, ...).
+        format: "torch" (one .pt2 file with N programs), "aoti" (the same, compiled by AOTInductor for this kind of
+            machine), "executorch" (one .pte file with N methods) or "onnx" (step1.onnx, ...).
         batch_size: images per batch; if left out, any number where the exporter manages that, otherwise 1,
-            and the manifest's notes say so.
+            and the manifest's notes say so. ExecuTorch plans its memory ahead: 1 if left out.
+        external_data: of ONNX: put the weights of all steps into one file, weights.bin, instead of each step's own.
 
     Returns:
         The manifest: format, image_size, dtype, subnets, macs (cumulative, per sample), batch ("dynamic" or a
-        number), notes, and per step: subnet, file, macs, inputs and outputs in order (cache, shape, dtype and,
-        for ONNX, name) and the caches to drop afterwards. "image" is the batch of images, "scores" the class
-        scores; pass every other cache on as it is.
+        number), notes, weights (with `external_data`: the file) and per step: subnet, file, program (its name in a file
+        of several), macs, inputs and outputs in order (cache, shape, dtype and, for ONNX, name; `outer` where an axis
+        holds k * batch rows: sample b has the rows (o * batch + b) * inner + i, o < outer) and the caches to drop
+        afterwards. "image" is the batch of images, "scores" the class scores; pass every other cache on as it is.
 
     Raises:
-        SteppingError: unknown format, packages missing, or a step that the format cannot express.
+        SteppingError: unknown format, packages or a compiler missing, or a step that the format cannot express.
     """
-    if format not in SUFFIXES:
-        raise SteppingError(explain("unknown format", where="export", got=format, action=nearest(format, SUFFIXES)))
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise SteppingError(
-            explain("bad batch size", where="export", got=batch_size, expected="a positive integer, or None")
-        )
-    if format == "onnx":
-        _require_onnx()
+    _check(format, batch_size, external_data)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
-    programs, notes = engine.programs, []
-    exported, examples = _exported(engine, programs, batch_size or _TRACED_BATCH, dynamic=batch_size is None)
-    if exported is None:
-        notes.append("The batch size is fixed at 1: torch.export could not keep it open for this model.")
-        batch_size = 1
-        exported, examples = _exported(engine, programs, 1, dynamic=False)
-    assert exported is not None
-    write = _write_torch if format == "torch" else _write_onnx
-    steps = []
-    for program, captured, given in track(
-        list(zip(programs, exported, examples, strict=True)), f"writing {format} files"
-    ):
-        name = f"step{program.level}.{SUFFIXES[format]}"
-        _atomically(folder / name, lambda path, c=captured, p=program: write(c, p, path))  # type: ignore[misc]
-        describe = _Describer(engine.cache_axes, given, batch_size)
-        steps.append(
-            {
-                "subnet": program.level,
-                "file": name,
-                "macs": program.macs,
-                "inputs": [describe(c, c if format == "onnx" else None) for c in program.inputs],
-                "outputs": [describe(c, c + NEW if format == "onnx" else None) for c in program.outputs],
-                "drop": list(program.released),
-            }
-        )
+    if format == "executorch":
+        batch_size = batch_size or 1
+    exported, examples, batch_size, notes = _captured(engine, batch_size)
+    files = _write(folder, format, engine.programs, exported, external_data)
+    describe = _Describer(engine.cache_axes, batch_size, format == "onnx")
+    steps = [
+        {
+            "subnet": program.level,
+            **place,
+            "macs": program.macs,
+            "inputs": [describe(cache, given, "") for cache in program.inputs],
+            "outputs": [describe(cache, given, NEW) for cache in program.outputs],
+            "drop": list(program.released),
+        }
+        for program, place, given in zip(engine.programs, files, examples, strict=True)
+    ]
     manifest = {
         "format": f"stepping-plugin {format} export",
         "version": 1,
@@ -96,6 +94,7 @@ def export_engine(
         "macs": list(engine.macs),
         "batch": "dynamic" if batch_size is None else batch_size,
         "notes": notes,
+        **({"weights": WEIGHTS} if external_data else {}),
         "steps": steps,
         "versions": {"torch": torch.__version__},
     }
@@ -104,16 +103,69 @@ def export_engine(
     return manifest
 
 
-def _require_onnx() -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
+def _check(format: str, batch_size: int | None, external_data: bool) -> None:
+    if format not in FORMATS:
+        raise SteppingError(explain("unknown format", where="export", got=format, action=nearest(format, FORMATS)))
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise SteppingError(
-            f"export: the ONNX format needs {' and '.join(missing)}. Run: pip install onnx onnxscript onnxruntime"
+            explain("bad batch size", where="export", got=batch_size, expected="a positive integer, or None")
         )
+    if external_data and format != "onnx":
+        raise SteppingError("export: external_data is for format='onnx'; the other formats are one file anyway.")
+    if format == "onnx":
+        require_onnx()
+    else:
+        _ARCHIVES[format][2]()
+
+
+def _captured(
+    engine: ProgramSet, batch_size: int | None
+) -> tuple[list[torch.export.ExportedProgram], list[dict[str, Tensor]], int | None, list[str]]:
+    """Steps through `torch.export`, caches around each, batch size (None: open), and a note if it had to be fixed."""
+    exported, examples = _exported(engine, batch_size or _TRACED_BATCH, dynamic=batch_size is None)
+    if exported is not None:
+        return exported, examples, batch_size, []
+    exported, examples = _exported(engine, 1, dynamic=False)
+    assert exported is not None
+    note = "The batch size is fixed at 1: torch.export could not keep it open for this model."
+    return exported, examples, 1, [note]
+
+
+def _write(
+    folder: Path,
+    format: str,
+    programs: Sequence[StepProgram],
+    exported: Sequence[torch.export.ExportedProgram],
+    external_data: bool,
+) -> list[dict[str, str]]:
+    """Write the files; where every step is."""
+    named = {f"step{program.level}": captured for program, captured in zip(programs, exported, strict=True)}
+    if format != "onnx":
+        write, name, _ = _ARCHIVES[format]
+        _atomically(folder / name, lambda path: write(named, path))
+        return [{"file": name, "program": step} for step in named]
+    files = [folder / f"{step}.onnx" for step in named]
+    partial = [_partial(path) for path in files]
+    try:
+        listed = list(zip(exported, programs, partial, strict=True))
+        for captured, program, path in track(listed, "writing ONNX files"):
+            write_onnx(captured, program, path)
+        if external_data:
+            _atomically(folder / WEIGHTS, lambda path: share_weights(partial, path, WEIGHTS))
+        for path, final in zip(partial, files, strict=True):
+            os.replace(path, final)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    return [{"file": path.name} for path in files]
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{os.getpid()}.partial.{path.name}")
 
 
 def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    partial = _partial(path)
     try:
         write(partial)
         os.replace(partial, path)
@@ -124,34 +176,36 @@ def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
 class _Describer:
     """Entries of the manifest: one cache with its shape, in which the batch is a word or a number."""
 
-    def __init__(
-        self, axes: Mapping[str, BatchAxis | None], caches: Mapping[str, Tensor], batch_size: int | None
-    ) -> None:
-        self.axes, self.caches, self.batch_size = axes, caches, batch_size
+    def __init__(self, axes: Mapping[str, BatchAxis | None], batch_size: int | None, named: bool) -> None:
+        self.axes, self.batch_size, self.named = axes, batch_size, named
 
-    def __call__(self, cache: str, name: str | None) -> dict[str, Any]:
-        tensor, place = self.caches[cache], self.axes[cache]
+    def __call__(self, cache: str, caches: Mapping[str, Tensor], ending: str) -> dict[str, Any]:
+        tensor, place = caches[cache], self.axes[cache]
         shape: list[int | str] = list(tensor.shape)
-        if place is not None and self.batch_size is None:
-            axis = place.axis
-            each = tensor.shape[axis] // _TRACED_BATCH
-            shape[axis] = "batch" if each == 1 else f"{each}*batch"
-        entry = {"cache": cache, "shape": shape, "dtype": str(tensor.dtype).removeprefix("torch.")}
-        return entry if name is None else {"name": name, **entry}
+        entry: dict[str, Any] = {"name": cache + ending} if self.named else {}
+        entry.update(cache=cache, shape=shape, dtype=str(tensor.dtype).removeprefix("torch."))
+        if place is not None:
+            each = tensor.shape[place.axis] // (self.batch_size or _TRACED_BATCH)
+            entry["axis"] = place.axis
+            if each > 1:
+                entry["outer"] = place.outer
+            if self.batch_size is None:
+                shape[place.axis] = "batch" if each == 1 else f"{each}*batch"
+        return entry
 
 
 # ------------------------------------------------------------------------------------------------- exporting
 
 
 def _exported(
-    engine: ProgramSet, programs: Sequence[StepProgram], batch_size: int, dynamic: bool
+    engine: ProgramSet, batch_size: int, dynamic: bool
 ) -> tuple[list[torch.export.ExportedProgram] | None, list[dict[str, Tensor]]]:
     """All steps through `torch.export`, and the caches before and after each; None if the batch cannot stay open."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, *engine.image_size, generator=generator).to(engine.device, engine.dtype)
     caches, exported, examples = {IMAGE: images}, [], []
     batch = torch.export.Dim("batch", min=1) if dynamic else None
-    for program in track(programs, "torch.export of the steps"):
+    for program in track(engine.programs, "torch.export of the steps"):
         given = tuple(caches[name] for name in program.inputs)
         shapes = tuple(_open_axes(c, engine.cache_axes[n], batch, batch_size) for n, c in zip(program.inputs, given))
         try:
@@ -178,25 +232,3 @@ def _open_axes(cache: Tensor, place: BatchAxis | None, batch: Any, batch_size: i
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _write_torch(captured: torch.export.ExportedProgram, program: StepProgram, path: Path) -> None:
-    captured.example_inputs = None  # type: ignore[assignment]  # they would be saved as a pickle; nobody reads them
-    torch.export.save(captured, path)
-
-
-def _write_onnx(captured: torch.export.ExportedProgram, program: StepProgram, path: Path) -> None:
-    try:
-        torch.onnx.export(
-            captured,
-            (),
-            str(path),
-            input_names=list(program.inputs),
-            output_names=[name + NEW for name in program.outputs],
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    except Exception as error:  # the exporter has no common class of errors
-        reason = _first_line(error)
-        raise SteppingError(f"export: step {program.level} has no ONNX form: {reason}. Use format='torch'.") from error

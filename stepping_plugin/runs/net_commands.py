@@ -115,9 +115,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def add_export(commands: Any) -> None:
     """`stepping export`."""
-    export = commands.add_parser("export", help="write the step programs of a net as torch.export or ONNX files")
+    export = commands.add_parser("export", help="write the step programs of a net for another runtime")
     export.add_argument("run", metavar="NET", help=HELP)
-    export.add_argument("--format", choices=("torch", "onnx"), default="torch", help="kind of files (torch)")
+    export.add_argument(
+        "--format", choices=("torch", "onnx", "aoti", "executorch"), default="torch", help="kind of files (torch)"
+    )
+    export.add_argument(
+        "--external-data", action="store_true", help="of ONNX: one weight file shared by the steps, weights.bin"
+    )
     export.add_argument(
         "--output", type=output_folder, metavar="DIR", help="where to; default: export-FORMAT beside the net"
     )
@@ -131,11 +136,12 @@ def _export(arguments: argparse.Namespace) -> int:
 
     source = named(arguments.run)
     folder = Path(arguments.output or source.place / f"export-{arguments.format}")
-    manifest = source.deployed(arguments.subnets).export(folder, arguments.format, arguments.batch_size)
+    engine = source.deployed(arguments.subnets)
+    manifest = engine.export(folder, arguments.format, arguments.batch_size, external_data=arguments.external_data)
     if source.model is not None:
         print(f"{source.word} is untrained here, its subnets are equally wide: for measuring only.")
     for note in manifest["notes"]:
         print(note)
-    files = ", ".join(step["file"] for step in manifest["steps"])
+    files = ", ".join(dict.fromkeys(step["file"] for step in manifest["steps"]))
     print(f"{folder}: {files}, manifest.json (batch size: {manifest['batch']})")
     return 0
