@@ -79,7 +79,7 @@ def test_distillation_goes_on_from_a_saved_net(done, tmp_path):
 def test_weights_that_could_hold_code_are_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "weights.pth")
     settings = [f"model.checkpoint_path={tmp_path / 'weights.pth'}", "train.epochs=0", "data.limit=100", "device=cpu"]
-    with pytest.raises(SteppingError, match=r"expected a \.safetensors file: .*convert it once"):
+    with pytest.raises(SteppingError, match=r"expected a \.safetensors file: .*stepping convert-weights"):
         run_recipe(load_recipe("digits", settings), tmp_path / "run", say=lambda text: None)
 
 

@@ -19,8 +19,8 @@ from ..net import SteppingNet
 from ..training.evaluation import evaluate
 from ..training.trainer import processes
 from .data import DataBundle, build_data
+from .pretrained import take_over
 from .recipe_schema import ModelConfig, Recipe, TeacherConfig
-from .weights import load_weights
 
 __all__ = ["Parts"]
 
@@ -35,6 +35,7 @@ class Parts:
     seconds: dict[str, float] = field(default_factory=dict)
     history: dict[str, Any] = field(default_factory=dict)
     stage: str = "the checks before the start"  # what is being done
+    noted: dict[str, None] = field(default_factory=dict)  # what was said about weights
     _data: DataBundle | None = None
 
     @property
@@ -82,8 +83,12 @@ class Parts:
         data = self.data
         own = {"num_classes": data.num_classes, "in_chans": data.in_chans, "pretrained": pretrained}
         model = named_model(config.name, data.img_size, **{**own, **config.kwargs})
-        if config.checkpoint_path:
-            load_weights(model, Path(config.checkpoint_path))
+        is_original = config is self.recipe.model
+        for note in take_over(model, config, "model" if is_original else "retrain.teacher",
+                              trained=is_original and self.recipe.train.epochs > 0):  # fmt: skip
+            if note not in self.noted:
+                self.tell(f"{config.name}: {note}")
+            self.noted[note] = None
         return model
 
     def start(self, original: nn.Module) -> SteppingNet:

@@ -96,7 +96,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     start = net.macs[0]
     planned = one_shot(net, recipe.construction.policy, seed=recipe.seed)
     return {"reference_macs": net.reference_macs, "start_macs": start, "units": net.analysis.num_units,
-            "budgets": net.budgets, "macs": list(planned.macs), "notes": [*net.notes, *planned.notes]}  # fmt: skip
+            "budgets": net.budgets, "macs": list(planned.macs),
+            "notes": [*run.noted, *run.data.warnings, *net.notes, *planned.notes]}  # fmt: skip
 
 
 @dataclass

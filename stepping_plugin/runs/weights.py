@@ -14,7 +14,7 @@ from ..errors import CheckpointError, SteppingError
 from ..tensorfile import is_signed, not_finite, read_tensors, write_tensors
 from ..training.checkpoint import differences
 
-__all__ = ["load_weights", "save_weights"]
+__all__ = ["load_weights", "misfit", "read_weights", "save_weights"]
 
 _FORMAT = "stepping-plugin weights 1"
 _WHOLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,28 +44,38 @@ def load_weights(
         SteppingError: no such file, or one that can hold code.
         CheckpointError: damaged, of other settings, or weights of another model; the model is as it was.
     """
-    if not path.is_file():
-        raise SteppingError(f"checkpoint_path: no such file: {path}")
-    if path.suffix != ".safetensors":
-        raise SteppingError(
-            f"checkpoint_path: got {path}, expected a .safetensors file: other formats can hold code (pickle). If you "
-            "trust the file, convert it once: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
-            "'weights.safetensors')."
-        )
-    texts, tensors = read_tensors(path)
+    texts, tensors = read_weights(path)
     if texts.get("format") == _FORMAT:
-        if not is_signed(texts):
-            raise CheckpointError(f"{path}: damaged: its checksums are missing. Take a copy that is whole.")
         found = completed(json.loads(texts["settings"])) if settings is not None else {}
         if settings is not None and (changed := differences(found, dict(settings))):
             raise CheckpointError(f"{path} belongs to a run with other settings: {'; '.join(changed[:3])}.")
-    problem = _misfit(model.state_dict(), tensors)
+    problem = misfit(model.state_dict(), tensors)
     if problem:
         raise CheckpointError(f"{path}: not the weights of {type(model).__name__} as built here ({problem}).")
     model.load_state_dict(tensors)
 
 
-def _misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
+def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Texts and tensors of a .safetensors file.
+
+    Raises:
+        SteppingError: no such file, or one that can hold code.
+        CheckpointError: damaged.
+    """
+    if not path.is_file():
+        raise SteppingError(f"checkpoint_path: no such file: {path}")
+    if path.suffix != ".safetensors":
+        raise SteppingError(
+            f"checkpoint_path: got {path}, expected a .safetensors file: other formats can hold code (pickle). Convert "
+            f"it once: stepping convert-weights {path}"
+        )
+    texts, tensors = read_tensors(path)
+    if texts.get("format") == _FORMAT and not is_signed(texts):
+        raise CheckpointError(f"{path}: damaged: its checksums are missing. Take a copy that is whole.")
+    return texts, tensors
+
+
+def misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
     """Why tensors are not the state of a model; torch would convert numbers of any kind without a word."""
     missing, unknown = [k for k in own if k not in given], [k for k in given if k not in own]
     if missing or unknown:
