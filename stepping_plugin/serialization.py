@@ -245,11 +245,16 @@ def _analysed(model: nn.Module, file: _File) -> tuple[nn.Module, Analysis, str |
     if len(file.types) == 1:
         model.to(getattr(torch, header.dtype) if header.dtype else next(iter(file.types)))
     analysis = find_units(model, tuple(header.image_size), tuple(header.modes))
+    place = next(model.parameters()).device
+    if file.lineage:  # what lies between the original and the net may be larger than both: its weights are never made
+        model = copy_with(model, {name: tensor.to("meta") for name, tensor in named_tensors(model).items()})
     for copies in file.lineage:
         if copies.shape != (analysis.num_units,):
             raise _other_model(model, file.path)
         analysis, slices = restrict(analysis, copies)
         model = sliced_copy(model, slices)
+    if file.lineage:
+        model = copy_with(model, {n: torch.empty_like(t, device=place) for n, t in named_tensors(model).items()})
     doubt = _compare_programs(analysis, header, file.path)
     if fingerprint(analysis) != header.fingerprint:
         raise _other_model(model, file.path, "its units differ")

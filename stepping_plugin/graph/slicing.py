@@ -35,27 +35,29 @@ def repeated_positions(units: Tensor, copies: Tensor) -> Tensor:
     Returns:
         LongTensor (C',): old position behind every new one.
     """
-    count = torch.where(units >= 0, copies[units.clamp(min=0)], 1)
-    if bool((count <= 1).all()):
-        return torch.nonzero(count).flatten()
-    starts = torch.cat([torch.tensor([True]), units[1:] != units[:-1]]).nonzero().flatten()
-    ends = torch.cat([starts[1:], torch.tensor([len(units)])])
-    runs = [torch.arange(a, b).repeat(int(count[a])) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-    return torch.cat(runs)
+    return _repeated(units, copies)[0]
 
 
 def repeated_units(units: Tensor, copies: Tensor) -> Tensor:
     """New unit per new position: the copy's number is how often the old position has been met before."""
-    positions = repeated_positions(units, copies)
+    positions, copy = _repeated(units, copies)
     old = units[positions]
-    copy = torch.zeros_like(positions)
-    if len(positions) > len(torch.unique(positions)):
-        met: dict[int, int] = {}
-        for place, position in enumerate(positions.tolist()):
-            copy[place] = met.get(position, 0)
-            met[position] = met.get(position, 0) + 1
     first_copy = torch.cat([torch.zeros(1, dtype=torch.long), copies.cumsum(0)])[:-1]
     return torch.where(old >= 0, first_copy[old.clamp(min=0)] + copy, -1)
+
+
+def _repeated(units: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+    """(old position, number of the copy) behind every new position: a run of one unit is repeated as a whole."""
+    count = torch.where(units >= 0, copies[units.clamp(min=0)], 1)
+    if bool((count <= 1).all()):
+        kept = torch.nonzero(count).flatten()
+        return kept, torch.zeros_like(kept)
+    starts = torch.cat([torch.tensor([True]), units[1:] != units[:-1]]).nonzero().flatten()
+    lengths = torch.diff(starts, append=torch.tensor([len(units)]))
+    total = lengths * count[starts]
+    run = torch.repeat_interleave(total)
+    offset = torch.arange(len(run)) - (total.cumsum(0) - total)[run]
+    return starts[run] + offset % lengths[run], offset // lengths[run]
 
 
 @dataclass(frozen=True)
