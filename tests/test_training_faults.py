@@ -205,6 +205,7 @@ def labelled(labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         ([tuple(t.numpy() for t in data(8))], {}, ["ndarray", "torch.as_tensor"]),
         (loader(), {"val_loader": labelled(torch.full((8,), 4))}, ["labels do not fit", "labels 4 to 4"]),
         (loader(), {"net": small_model().double().requires_grad_(False)}, ["nothing to train", "requires_grad_"]),
+        (loader(), {"teacher": "resnet18"}, ["teacher", "str", "torch.nn.Module"]),
         (loader(), {"config": {}}, ["config", "dict", "TrainConfig"]),
         (loader(), {"config": replace(PLAIN_SGD, device="banana")}, ["device", "banana", "expected cpu"]),
         (loader(), {"config": replace(PLAIN_SGD, device="cuda:99")}, ["device", "cuda:99"]),

@@ -120,7 +120,7 @@ class NestedModule(nn.Module):
     def _check_type(self, x: Tensor, error: RuntimeError) -> None:
         """Whether images of another type or device than the weights are the reason of an error."""
         kinds = {(p.dtype, p.device) for p in self.model.parameters() if p.is_floating_point()}
-        if not kinds or (x.dtype, x.device) in kinds or torch.is_autocast_enabled(x.device.type):
+        if not kinds or (x.dtype, x.device) in kinds or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
             return
         got, expected = (f"{dtype} on {device}" for dtype, device in ((x.dtype, x.device), min(kinds, key=str)))
         action = "Convert the images, or the net with to()."

@@ -121,6 +121,9 @@ def fit(
     config = TrainConfig() if config is None else config
     if not isinstance(config, TrainConfig):
         raise SteppingError(explain("wrong type", where="config", got=type(config).__name__, expected="a TrainConfig"))
+    if not isinstance(teacher, nn.Module | None):
+        expected = "a torch.nn.Module, or None"  # type: ignore[unreachable]
+        raise SteppingError(explain("wrong type", where="teacher", got=type(teacher).__name__, expected=expected))
     batches = _length(train_loader)
     if config.epochs == 0:
         return History()
