@@ -11,7 +11,7 @@ import pytest
 from stepping_plugin import RecipeError
 from stepping_plugin.runs.recipe import dump_recipe, load_recipe, parse_recipe
 
-RECIPES = ("digits", "fashion_mnist_resnet", "distill", "compare_vgg", "imagenet_deit_small")
+RECIPES = ("digits", "fashion_mnist_resnet", "distill", "compare_vgg", "imagenet_deit_small", "photos")
 NASTY = [
     "null", "true", "-1", "0", "1e308", "-1e-308", ".nan", ".inf", "99999999999999999999", "''", "[]", "{}", "yes", "~",
     "[1, [2, [3]]]", "{a: {b: c}}",

@@ -97,5 +97,5 @@ def _validate(arguments: argparse.Namespace) -> int:
     table = Table("subnet", "budget", "MACs (one shot)", "of the original", title=title)
     for i, (budget, macs) in enumerate(zip(facts["budgets"], facts["macs"]), start=1):
         table.add_row(str(i), human_macs(budget), human_macs(macs), f"{macs / facts['reference_macs']:.2%}")
-    Console(soft_wrap=True).print(table, *facts["notes"])
+    Console(soft_wrap=True).print(table, *facts["notes"], sep="\n")
     return 0

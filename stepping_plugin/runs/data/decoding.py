@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from stepping_plugin.console.progress import track
 from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.runs.recipe_schema import DataConfig
 from stepping_plugin.training.loader import Unreadable
@@ -24,7 +24,6 @@ from .transforms import data_config
 
 __all__ = ["converter", "decoded", "decoding_config"]
 
-_SAY_EVERY = 5.0  # seconds
 _RESIZE = "Pass data.img_size=PIXELS to resize them."
 _BLOCK = 512  # pictures handed to the threads at once
 
@@ -41,7 +40,7 @@ def decoded(
         cfg: of the recipe.
         parts: training, validation and test pictures.
         model_name: model whose mean and standard deviation are the defaults; None: those of the training pictures.
-        left_out: told which pictures cannot be read; it also says how far it is.
+        left_out: told which pictures cannot be read.
 
     Raises:
         SteppingError: pictures of different sizes without `data.img_size`, too many of them, or none is readable.
@@ -113,7 +112,8 @@ def _decode(name: str, opened: Opened, convert: Convert, size: Size, cfg: DataCo
         images[place] = image
         return None
 
-    for place, problem in enumerate(_read_all(read, count, cfg.workers, name, left_out.say)):
+    problems = track(_read_all(read, count, cfg.workers), f"reading {name} pictures", count)
+    for place, problem in enumerate(problems):
         if problem is None:
             good.append(place)
         elif isinstance(problem, Unreadable):
@@ -124,17 +124,8 @@ def _decode(name: str, opened: Opened, convert: Convert, size: Size, cfg: DataCo
     return pictures if len(good) == count else pictures.take(torch.tensor(good, dtype=torch.int64))
 
 
-def _read_all(
-    read: Callable[[int], SteppingError | None], count: int, threads: int, name: str, say: Callable[[str], None]
-) -> Iterator[SteppingError | None]:
+def _read_all(read: Callable[[int], SteppingError | None], count: int, threads: int) -> Iterator[SteppingError | None]:
     """What became of every picture, in order. Pillow decodes outside of Python's lock, so threads help."""
-    said = began = time.monotonic()
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for start in range(0, count, _BLOCK):
             yield from pool.map(read, range(start, min(start + _BLOCK, count)))
-            now, done = time.monotonic(), min(start + _BLOCK, count)
-            if now - said > _SAY_EVERY and done < count:
-                left = (now - began) / done * (count - done)
-                say(f"{name} pictures: {done:,} of {count:,} read into memory, {left:.0f} s left")
-                said = now
-    say(f"{name} pictures: {count:,} read into memory in {time.monotonic() - began:.0f} s")
