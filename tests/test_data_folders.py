@@ -66,6 +66,24 @@ def test_val_chooses_and_test_is_measured_where_both_are_there(tmp_path):
         in_memory(tmp_path, val_fraction=0.2)
 
 
+def test_what_systems_leave_behind_is_no_class_and_a_picture_without_a_class_is_named(tmp_path):
+    make_folder(tmp_path, {"train": 4, "test": 2})
+    for place in (
+        "train/.ipynb_checkpoints/0.png",
+        "train/dog/._0.png",
+        "test/__MACOSX/dog/1.png",
+        "test/empty/notes.txt",
+    ):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12)).save(tmp_path / place, "png")
+    bundle = in_memory(tmp_path, val_fraction=0)
+    assert bundle.classes == CLASSES and sorted(held_by(bundle.test)) == pixels_of(tmp_path, "test")
+    assert len(bundle.train) == 12
+    Image.new("RGB", (12, 12)).save(tmp_path / "train" / "lone.png")
+    with pytest.raises(SteppingError, match=r"lone\.png: a picture outside of the folders of the classes"):
+        in_memory(tmp_path)
+
+
 def test_pictures_of_several_sizes_need_one_in_the_recipe(tmp_path):
     make_folder(tmp_path, {"train": 4, "test": 2})
     Image.new("RGB", (30, 20)).save(tmp_path / "train" / "owl" / "0.png")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from stepping_plugin.errors import SteppingError
+from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.runs.recipe_schema import DataConfig
 
 from .channels import EXTENSIONS
@@ -60,14 +60,26 @@ def _listed(folder: Path, train: Files | None) -> Files:
     from timm.data.readers.reader_image_folder import find_images_and_targets
 
     pairs, numbers = find_images_and_targets(str(folder), types=list(EXTENSIONS))
+    pairs = [(file, label) for file, label in pairs if not _hidden(file, folder)]
     if not pairs:
         raise SteppingError(f"no pictures under {folder}: expected {folder}/CLASS/*.jpg, *.png and the like.")
-    classes = tuple(numbers)
-    files, labels = [file for file, _ in pairs], torch.tensor([label for _, label in pairs], dtype=torch.int64)
+    loose = next((file for file, label in pairs if label == numbers.get("")), None)
+    if loose is not None:
+        action = "Move it into the folder of its class, or away."
+        raise SteppingError(explain("a picture outside of the folders of the classes", where=loose, action=action))
+    filled = {label for _, label in pairs}
+    names = [name for name, label in numbers.items() if label in filled]
+    classes, places = tuple(names), {numbers[name]: place for place, name in enumerate(names)}
+    files, labels = [file for file, _ in pairs], torch.tensor([places[label] for _, label in pairs], dtype=torch.int64)
     if train is None:
         return Files(str(folder), files, labels, classes)
     strangers = sorted(set(classes) - set(train.classes))
     if strangers:
         raise SteppingError(f"{folder} has classes that {train.where} lacks: {', '.join(strangers[:5])}")
-    places = torch.tensor([train.classes.index(name) for name in classes])
-    return Files(str(folder), files, places[labels], train.classes)
+    theirs = torch.tensor([train.classes.index(name) for name in classes])
+    return Files(str(folder), files, theirs[labels], train.classes)
+
+
+def _hidden(file: str, folder: Path) -> bool:
+    """What systems and editors leave behind, such as .ipynb_checkpoints/ and ._cat.jpg."""
+    return any(part.startswith((".", "__MACOSX")) for part in Path(file).relative_to(folder).parts)
