@@ -63,7 +63,7 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
         num_subnets=arguments.subnets,
         turns=arguments.turns,
         compile=arguments.compile,
-        progress=lambda text: print(text, file=sys.stderr),
+        progress=lambda text: None if arguments.quiet else print(text, file=sys.stderr),
     )
     return _show(arguments, report, bench_table)
 
