@@ -97,6 +97,17 @@ def test_construction_is_done_anew_from_the_same_original(folder):
     assert (folder / "earlier" / "1" / "constructed.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_random_numbers_do_not_depend_on_what_was_taken_over(tmp_path):
+    """A net with dropout, constructed on an original trained just now or earlier: the same to the bit."""
+    model = ["model.name=vgg_tiny", "model.kwargs.drop_rate=0.3"]
+    run(tmp_path / "changed", *model)
+    run(tmp_path / "changed", *model, "construction.batches=2")
+    run(tmp_path / "fresh", *model, "construction.batches=2")
+    for name in ("original.safetensors", "constructed.safetensors", "net.safetensors"):
+        assert (tmp_path / "changed" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes(), name
+
+
 def test_what_no_stage_survives_is_refused_with_its_keys(folder):
     before = files(folder)
     with pytest.raises(CheckpointError, match=r"data\.limit was 200, is 100; train\.lr was .*No stage") as caught:

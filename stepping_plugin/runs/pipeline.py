@@ -230,6 +230,7 @@ class Run(Parts):
         if done.is_file():
             self.tell("construction: from an earlier run")
             return load(done)
+        seed_generators(self.recipe.seed)  # the same numbers whether the original was trained just now or earlier
         net, policy = self.start(original), self.recipe.construction.policy
         if policy == "steppingnet":
             net = self._iterate(net)
@@ -263,7 +264,7 @@ class Run(Parts):
             resume_construction(construction, path)
         self.tell(f"construction: {config.flow} flow, iteration {construction.iteration} of {config.iterations}")
         saved = time.monotonic()
-        with ctrl_c(lambda: self.tell("  stopping after this iteration; Ctrl-C again stops at once")) as stop:
+        with ctrl_c("stopping after this iteration; Ctrl-C again stops at once" if self.main else "") as stop:
             for record in construction:
                 self._log(record)
                 due = stop.is_set() or construction.done or time.monotonic() - saved > SAVE_EVERY
