@@ -134,7 +134,7 @@ def test_bad_export_requests(tmp_path, monkeypatch):
     for wrong in (0, True, 1.5):
         with pytest.raises(SteppingError, match="bad batch size"):
             engine.export(tmp_path, batch_size=wrong)
-    with pytest.raises(SteppingError, match="external_data is for"):
+    with pytest.raises(SteppingError, match="are for format"):
         engine.export(tmp_path, external_data=True)
     monkeypatch.setattr("stepping_plugin.engine.onnx_files.PACKAGES", ("onnx_that_is_not_there",))
     with pytest.raises(SteppingError, match="pip install onnx onnxscript onnxruntime"):
@@ -184,5 +184,7 @@ def test_command_line_exports_a_run_folder(tmp_path, capsys):
     with torch.no_grad():
         scores = chain(manifest, x, programs(folder))
         assert relative(torch.stack(scores), net.eval().forward_all(x)) < 1e-5
+    assert main(["export", str(tmp_path), "--format", "onnx", "--int8", "8"]) == 1
+    assert "no pictures to calibrate int8 on" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "nothing")]) == 1
     assert "no such file" in capsys.readouterr().err

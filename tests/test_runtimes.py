@@ -139,6 +139,39 @@ def test_python_refuses_what_it_cannot_run(exported, tmp_path):
         model.predict(x.numpy(), until={"max_prop": 0.5})
 
 
+def test_int8_steps_share_the_scales_of_cached_values(tmp_path):
+    """What a step gives on a grid is read on the same grid; scores stay near those of float steps."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from stepping_plugin.runtimes.ort import SteppingModel
+
+    engine = compile_engine(nested(make("lenet5").float(), n=2, seed=1).eval())
+    x = images(engine.image_size, 64).float()
+    manifest = engine.export(tmp_path, "onnx", calibration=x[:32], external_data=True)
+    assert manifest["quantised"] == "int8"
+    grids = [grids_of(onnx, tmp_path / step["file"], step) for step in manifest["steps"]]
+    made, read = grids[0][1], grids[1][0]
+    assert len(made.keys() & read.keys()) > 2
+    assert all(read[cache] == made[cache] for cache in made.keys() & read.keys())
+    answer = SteppingModel(tmp_path).predict(x.numpy())
+    assert relative(torch.from_numpy(answer.logits), engine.predict(x).logits) < 0.1
+    for wrong in (x.double(), x[0], x[:0], "pictures"):
+        with pytest.raises(SteppingError, match="calibration"):
+            engine.export(tmp_path, "onnx", calibration=wrong)
+
+
+def grids_of(onnx, path, step):
+    """Scale and zero point of inputs and outputs in int8, by cache."""
+    graph = onnx.load(path).graph
+    numbers = {t.name: onnx.numpy_helper.to_array(t).tolist() for t in graph.initializer}
+    reads = {n.input[0]: n for n in graph.node if n.op_type == "QuantizeLinear"}
+    makes = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear"}
+    return [
+        {e["cache"]: [numbers[k] for k in found[e["name"]].input[1:3]] for e in step[side] if e["name"] in found}
+        for side, found in (("inputs", reads), ("outputs", makes))
+    ]
+
+
 def test_javascript_equals_the_engine(exported):
     if shutil.which("node") is None or not (MODULES / "onnxruntime-web").is_dir():
         pytest.skip("needs node, and onnxruntime-web in ./node_modules or $STEPPING_NODE_MODULES (npm install it)")

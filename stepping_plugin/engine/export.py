@@ -18,6 +18,7 @@ from torch import Tensor
 from ..console.progress import track
 from ..errors import SteppingError, explain, nearest
 from .emit import IMAGE, StepProgram
+from .int8_files import check_pictures, quantise
 from .onnx_files import NEW, require_onnx, share_weights, write_onnx
 from .plan import BatchAxis
 from .program_set import ProgramSet
@@ -43,6 +44,7 @@ def export_engine(
     batch_size: int | None = None,
     *,
     external_data: bool = False,
+    calibration: Tensor | None = None,
 ) -> dict[str, Any]:
     """Write all steps and `manifest.json`, which is written last.
 
@@ -54,6 +56,9 @@ def export_engine(
         batch_size: images per batch; if left out, any number where the exporter manages that, otherwise 1,
             and the manifest's notes say so. ExecuTorch plans its memory ahead: 1 if left out.
         external_data: of ONNX: put the weights of all steps into one file, weights.bin, instead of each step's own.
+        calibration: of ONNX: some hundred pictures (B, C, H, W) in float32, as the net is used with; weights and values
+            become int8 (`int8_files`), and the manifest says so. Scores are no longer the engine's to the last digit:
+            measure the accuracy.
 
     Returns:
         The manifest: format, image_size, dtype, subnets, macs (cumulative, per sample), batch ("dynamic" or a
@@ -65,14 +70,17 @@ def export_engine(
     Raises:
         SteppingError: unknown format, packages or a compiler missing, or a step that the format cannot express.
     """
-    _check(format, batch_size, external_data)
+    _check(format, batch_size, external_data or calibration is not None)
+    if calibration is not None:
+        check_pictures(calibration, engine.image_size, batch_size)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
     if format == "executorch":
         batch_size = batch_size or 1
     exported, examples, batch_size, notes = _captured(engine, batch_size)
-    files = _write(folder, format, engine.programs, exported, external_data)
+    convert = [] if calibration is None else [lambda paths: quantise(paths, engine.programs, calibration, batch_size)]
+    files = _write(folder, format, engine.programs, exported, external_data, convert)
     describe = _Describer(engine.cache_axes, batch_size, format == "onnx")
     steps = [
         {
@@ -95,6 +103,7 @@ def export_engine(
         "batch": "dynamic" if batch_size is None else batch_size,
         "notes": notes,
         **({"weights": WEIGHTS} if external_data else {}),
+        **({"quantised": "int8"} if calibration is not None else {}),
         "steps": steps,
         "versions": {"torch": torch.__version__},
     }
@@ -103,15 +112,15 @@ def export_engine(
     return manifest
 
 
-def _check(format: str, batch_size: int | None, external_data: bool) -> None:
+def _check(format: str, batch_size: int | None, of_onnx: bool) -> None:
     if format not in FORMATS:
         raise SteppingError(explain("unknown format", where="export", got=format, action=nearest(format, FORMATS)))
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise SteppingError(
             explain("bad batch size", where="export", got=batch_size, expected="a positive integer, or None")
         )
-    if external_data and format != "onnx":
-        raise SteppingError("export: external_data is for format='onnx'; the other formats are one file anyway.")
+    if of_onnx and format != "onnx":
+        raise SteppingError(f"export: external_data and calibration are for format='onnx', not for {format!r}.")
     if format == "onnx":
         require_onnx()
     else:
@@ -137,6 +146,7 @@ def _write(
     programs: Sequence[StepProgram],
     exported: Sequence[torch.export.ExportedProgram],
     external_data: bool,
+    convert: Sequence[Callable[[list[Path]], None]],
 ) -> list[dict[str, str]]:
     """Write the files; where every step is."""
     named = {f"step{program.level}": captured for program, captured in zip(programs, exported, strict=True)}
@@ -150,6 +160,8 @@ def _write(
         listed = list(zip(exported, programs, partial, strict=True))
         for captured, program, path in track(listed, "writing ONNX files"):
             write_onnx(captured, program, path)
+        for change in convert:
+            change(partial)
         if external_data:
             _atomically(folder / WEIGHTS, lambda path: share_weights(partial, path, WEIGHTS))
         for path, final in zip(partial, files, strict=True):

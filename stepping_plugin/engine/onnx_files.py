@@ -18,6 +18,7 @@ __all__ = ["NEW", "require_onnx", "share_weights", "write_onnx"]
 NEW = ".new"  # ends the name of an output: inputs and outputs may not share names
 PACKAGES = ("onnx", "onnxscript")
 _SMALL = 1024  # bytes of a tensor that stays in the graph, where runtimes look for shapes and axes
+_FIELDS = ("float_data", "double_data", "int32_data", "int64_data", "uint64_data")  # where numbers may stand instead
 _PAGE = 4096  # tensors start at multiples of it, so that runtimes can map them into memory
 
 
@@ -72,6 +73,8 @@ def share_weights(files: Sequence[Path], weights: Path, name: str) -> None:
                     stream.write(bytes(-stream.tell() % _PAGE))
                     places[digest] = stream.tell()
                     stream.write(content)
+                for field in _FIELDS:
+                    tensor.ClearField(field)
                 tensor.raw_data = content
                 set_external_data(tensor, name, offset=places[digest], length=len(content))
                 tensor.ClearField("raw_data")
@@ -83,7 +86,4 @@ def _bytes_of(tensor: Any) -> bytes:
 
     if tensor.HasField("raw_data"):
         return bytes(tensor.raw_data)
-    content = numpy_helper.to_array(tensor).tobytes()
-    for field in ("float_data", "double_data", "int32_data", "int64_data", "uint64_data"):
-        tensor.ClearField(field)
-    return content
+    return bytes(numpy_helper.to_array(tensor).tobytes())

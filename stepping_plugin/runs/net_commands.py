@@ -8,10 +8,15 @@ import math
 import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..arguments import SUBNETS, number, output_folder, whole
 from ..views.words import HELP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..views.named import Named
 
 __all__ = ["add_export", "add_predict", "add_report"]
 
@@ -124,6 +129,12 @@ def add_export(commands: Any) -> None:
         "--external-data", action="store_true", help="of ONNX: one weight file shared by the steps, weights.bin"
     )
     export.add_argument(
+        "--int8",
+        type=whole(1, 100_000),
+        metavar="PICTURES",
+        help="of ONNX: quantise, calibrated on so many validation pictures of the run",
+    )
+    export.add_argument(
         "--output", type=output_folder, metavar="DIR", help="where to; default: export-FORMAT beside the net"
     )
     export.add_argument("--batch-size", type=whole(1, 65_536), help="fix the batch size; default: any")
@@ -131,13 +142,32 @@ def add_export(commands: Any) -> None:
     export.set_defaults(command=_export)
 
 
+def _pictures(source: Named, count: int) -> Tensor:
+    """Validation pictures of a run, Tensor (count, C, H, W) or fewer if there are fewer."""
+    from ..errors import SteppingError, explain
+    from .data.build import build_data
+    from .recipe import load_recipe
+
+    if source.run is None or not (source.run / "recipe.yaml").is_file():
+        action = "Export a run, or call engine.export(folder, 'onnx', calibration=pictures) in Python."
+        raise SteppingError(explain("no pictures to calibrate int8 on", where=source.word, action=action))
+    recipe = load_recipe(source.run / "recipe.yaml")
+    pretrained = recipe.model.pretrained or recipe.model.checkpoint_path is not None
+    loader = build_data(recipe.data, recipe.model.name, pretrained=pretrained).loader("val", count)
+    return next(iter(loader))[0]
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from ..views.named import named
 
     source = named(arguments.run)
-    folder = Path(arguments.output or source.place / f"export-{arguments.format}")
+    kind = f"{arguments.format}-int8" if arguments.int8 else arguments.format
+    folder = Path(arguments.output or source.place / f"export-{kind}")
+    options: dict[str, Any] = {"external_data": arguments.external_data}
+    if arguments.int8:
+        options["calibration"] = _pictures(source, arguments.int8)
     engine = source.deployed(arguments.subnets)
-    manifest = engine.export(folder, arguments.format, arguments.batch_size, external_data=arguments.external_data)
+    manifest = engine.export(folder, arguments.format, arguments.batch_size, **options)
     if source.model is not None:
         print(f"{source.word} is untrained here, its subnets are equally wide: for measuring only.")
     for note in manifest["notes"]:
