@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .console.progress import manner
+from .construction.calibration import fixed_round_to
 from .construction.config import ConstructionConfig
 from .construction.flow import Construction
 from .construction.start import convert, one_shot
@@ -51,8 +53,9 @@ def apply_steppingnet(
         calibration: unlabelled images (P, C, H, W), or batches of them, with which the weights are fitted anew, so that
             the subnets come near the model, see `reconstruction.reconstruct`. None: weights stay as they are.
         policy: "steppingnet"; or, always in one shot, "any-width" (regular pattern) or "random".
-        config: knobs of the construction; without `train_loader` only its `expansion` matters (widen the network first,
-            without changing its function, so that the largest subnets can use up their budgets).
+        config: knobs of the construction; without `train_loader` only these matter: `expansion` (widen the network
+            first, without changing its function, so that the largest subnets can use up their budgets) and `round_to`
+            (channels that every level adds in multiples of, for speed).
         device: where to put the net; by default where the model is.
         seed: of everything random.
         progress: show how far it is, on standard error, once that takes seconds; None: yes, unless switched off around
@@ -69,12 +72,17 @@ def apply_steppingnet(
     """
     settings, seed = _settings(config), checked_seed(seed)
     place = None if device is None else usable_device(device)
+    notes = []
+    if isinstance(model, nn.Module) and settings.round_to == "auto":
+        settings = dataclasses.replace(settings, round_to=fixed_round_to(settings, place or model))
+        notes.append(f"levels add multiples of {settings.round_to} channels, as measured in {settings.latency}")
     with manner(progress):
         with on_cpu_by_default():
             example = images_at_hand(train_loader, calibration) if example_inputs is None else example_inputs
             net = convert(model, budgets, settings, example, seed=seed)
+            net.notes += notes
             if train_loader is None or policy != "steppingnet":
-                net.take(one_shot(net, policy, seed=seed))
+                net.take(one_shot(net, policy, round_to=int(settings.round_to), seed=seed))
         if train_loader is not None and policy == "steppingnet":
             where = str(place or next(net.parameters()).device)
             net = Construction(net, train_loader, settings, seed=seed, device=where).run()

@@ -15,6 +15,7 @@ not modified (the net owns a copy); there is one step, not several.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +24,14 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from stepping_plugin.construction.calibration import fixed_round_to
 from stepping_plugin.construction.config import ConstructionConfig
 from stepping_plugin.construction.importance import magnitude_scores
 from stepping_plugin.construction.start import convert, one_shot
 from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.files.origin import unwrap
 from stepping_plugin.units.analysis import Analysis
-from stepping_plugin.units.witness import join_units, pin_units
+from stepping_plugin.units.witness import pin_units
 
 __all__ = ["SteppingPruner", "UnitMove"]
 
@@ -69,7 +71,8 @@ class SteppingPruner:
         num_heads: {qkv layer: heads}; heads are found without it, a contradiction is an error.
         customized_pruners, unwrapped_parameters, root_module_types: handed to the toolkit's dependency graph, which
             provides the groups that importances score.
-        round_to: every level of a group gets a multiple of so many units (the last one of a group may be smaller).
+        round_to: channels that every level is to add to a layer in multiples of, or "auto", as in `ConstructionConfig`;
+            None: as there by default.
         seed: of the "random" policy.
 
     Attributes:
@@ -89,7 +92,7 @@ class SteppingPruner:
         customized_pruners: dict[Any, Any] | None = None,
         unwrapped_parameters: Any = None,
         root_module_types: Sequence[type] = (nn.Conv2d, nn.Linear),
-        round_to: int | None = None,
+        round_to: int | str | None = None,
         seed: int = 0,
     ) -> None:
         images: Any = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else example_inputs
@@ -105,12 +108,13 @@ class SteppingPruner:
                 model, images, analysis, importance, customized_pruners, unwrapped_parameters, root_module_types
             )
             analysis, scores = _without_ignored(analysis, scores, [names.get(m) for m in ignored_layers or ()])
-            analysis, scores = _in_blocks(analysis, scores, round_to)
             return analysis
 
         config = ConstructionConfig(expansion=1.0)
+        if round_to is not None:
+            config = dataclasses.replace(config, round_to=round_to)
         self.net = convert(model, budgets, config, images, adapt=adapt, seed=seed).train(model.training)
-        plan = one_shot(self.net, policy, scores=scores, seed=seed)
+        plan = one_shot(self.net, policy, scores=scores, round_to=fixed_round_to(config, model), seed=seed)
         self._plan, self.budgets = plan.levels, self.net.budgets
         self.notes += self.net.notes + plan.notes
         self.net.notes = list(self.notes)
@@ -235,18 +239,3 @@ def _without_ignored(analysis: Analysis, scores: Tensor, ignored: Sequence[str |
     kept = torch.ones(analysis.num_units, dtype=torch.bool)
     kept[units[units >= 0]] = False
     return pin_units(analysis, ~kept, "ignored_layers"), scores[kept]
-
-
-def _in_blocks(analysis: Analysis, scores: Tensor, round_to: int | None) -> tuple[Analysis, Tensor]:
-    """Tie units of similar importance in blocks, so that every level gets a multiple of `round_to`."""
-    if not round_to or round_to == 1:
-        return analysis, scores
-    blocks = []
-    for group in analysis.groups:
-        order = group.units[scores[group.units].argsort(descending=True)]
-        if len(order) > round_to:
-            blocks += [block.tolist() for block in order.split(round_to)]
-    joined, owner = join_units(analysis, blocks)
-    total = torch.zeros(joined.num_units, dtype=torch.float64)
-    known = owner >= 0
-    return joined, total.index_add_(0, owner[known], scores[known].double())

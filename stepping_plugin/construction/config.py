@@ -18,6 +18,7 @@ _CHOICES = {
     "init": ("original", "random"),
     "importance": ("per-sample", "per-batch", "magnitude", "random"),
     "updates": ("joint", "sequential"),
+    "latency": ("torch", "onnxruntime"),
     "amp_dtype": ("bfloat16", "float16"),
 }
 
@@ -49,6 +50,9 @@ class ConstructionConfig:
         band: least and greatest width of a layer relative to the uniform pattern; None: free.
         increments: least and greatest number of units that a level adds to a layer, relative to the uniform pattern;
             None: free. Without a band it has no effect.
+        round_to: channels that every level adds to a layer in multiples of, see `rounding`; 1: any number. "auto": the
+            multiple that the device likes best, see `calibration`.
+        latency: runtime whose speed counts, "torch" or "onnxruntime": what "auto" measures.
         rebirth: after the landing, units that never fire get new incoming weights, see `rebirth.revive`. The flow
             "paper" knows none.
         updates: "joint" (one pass for all subnets) or "sequential" (the paper's ascending order).
@@ -74,6 +78,8 @@ class ConstructionConfig:
     threshold: float = 1e-5
     band: tuple[float, float] | None = BAND
     increments: tuple[float, float] | None = INCREMENTS
+    round_to: int | str = 1
+    latency: str = "torch"
     rebirth: bool = True
     updates: str = "joint"
     opt: str = "sgd"
@@ -117,6 +123,7 @@ class ConstructionConfig:
         ]
         ranges = [
             ("expansion", lambda v: 1 <= v <= 16, "a number from 1 to 16 (times the MACs: its square), or 'auto'"),
+            ("round_to", lambda v: _is_whole(v) and 1 <= v <= 1024, "a whole number from 1 (any) to 1024, or 'auto'"),
             ("noise", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
             ("copy_importance", lambda v: 0 <= v <= 1, "a number from 0 to 1 (as any unit)"),
             ("alpha", lambda v: v > 0, "a number above 0"),
@@ -129,7 +136,7 @@ class ConstructionConfig:
         ]
         for name, fine, expected in ranges:
             value = getattr(self, name)
-            if (name, value) in (("clip_grad", None), ("expansion", "auto")):
+            if (name, value) in (("clip_grad", None), ("expansion", "auto"), ("round_to", "auto")):
                 continue
             if not (_is_number(value) and fine(value)):
                 problems.append(f"{name}: got {value!r}, expected {expected}")

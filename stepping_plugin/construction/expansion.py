@@ -9,6 +9,7 @@ import torch
 
 from ..units.analysis import Analysis, restrict
 from ..units.macs import MacModel
+from .rounding import ANY, Grid
 from .uniform import needed_widening
 from .widening import copies_for
 
@@ -19,7 +20,7 @@ ROOM = 1.02  # widths are whole numbers, and not every layer has the width of th
 LARGEST = 4.0  # beyond it, something that cannot grow carries the MACs
 
 
-def least_expansion(analysis: Analysis, budgets: Sequence[int]) -> float:
+def least_expansion(analysis: Analysis, budgets: Sequence[int], grid: Grid = ANY) -> float:
     """The least widening, in steps of 0.05 and with 2 % of room, with which the last budget can be used up.
 
     The nesting rule takes the synapses from larger to smaller subnets away, so that a network of the original's widths
@@ -29,6 +30,7 @@ def least_expansion(analysis: Analysis, budgets: Sequence[int]) -> float:
     Args:
         analysis: units of the original network.
         budgets: MACs of subnets 1..N.
+        grid: which widths the network is to get.
 
     Returns:
         A factor from 1 up, see `widening.widen`.
@@ -40,7 +42,7 @@ def least_expansion(analysis: Analysis, budgets: Sequence[int]) -> float:
     while missing[factor] > 1 and factor < LARGEST:
         further = max(factor * missing[factor], factor + STEP)
         factor = min(LARGEST, round(math.ceil(further / STEP - 1e-6) * STEP, 2))
-        copies, _ = copies_for(analysis, factor, torch.Generator().manual_seed(0))
+        copies, _ = copies_for(analysis, factor, torch.Generator().manual_seed(0), grid)
         wide, _ = restrict(analysis, copies)
         missing[factor] = ROOM * needed_widening(wide, MacModel(wide), budgets)
     nearest = max(1.0, min(missing.values()))

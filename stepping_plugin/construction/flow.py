@@ -45,14 +45,17 @@ from ..training.batches import check_batch_size
 from ..training.checkpoint import ADVICE, differences
 from ..training.trainer import Batch, TrainConfig, Trainer, assert_same_levels
 from ..units.levels import locked_units
+from .calibration import fixed_round_to
 from .config import ConstructionConfig
-from .counts import UnitClasses
+from .counts import Array, UnitClasses
 from .distinct import land_apart
 from .gradient_importance import GradientImportance
 from .importance import discount_copies, magnitude_scores
-from .landing import LandingResult, Planner, result_of, settle
+from .landing import LandingResult, in_blocks, result_of, settle
+from .planner import Planner
 from .plugs import cut_off_groups, find_plugs
 from .rebirth import revive
+from .rounding import multiples
 from .start import endless
 from .trajectory import narrow, narrowing_band
 from .uniform import Band, uniform_band
@@ -101,6 +104,7 @@ class Construction:
         self.iteration = self.batches = 0
         self.start_macs = net.macs[0]  # P_t
         self.classes = UnitClasses(net.analysis, net.macs_model, small=net.num_subnets)
+        self.multiples = multiples(net.analysis, net.macs_model, net.budgets, fixed_round_to(self.config, net.model))
         self.band: Band | None = None
         if self.config.band is not None:
             self.band = uniform_band(
@@ -250,8 +254,8 @@ class Construction:
         scores, locked, band = self.ranking(i), self._locked(levels), None
         if self.band is not None:
             band = narrowing_band(self.band, self.classes, progress)
-            levels = narrow(levels, i, band, self.classes, scores, locked)
-        planner = Planner(net.analysis, net.macs_model, levels, net.num_subnets, scores, locked, band)
+            levels = narrow(levels, i, band, self.classes, scores, locked, self.multiples)
+        planner = Planner(net.analysis, net.macs_model, levels, net.num_subnets, scores, locked, band, self.multiples)
         target = self.start_macs * (net.budgets[i - 1] / self.start_macs) ** progress
         planner.thin(i, max(int(target), net.budgets[i - 1]))
         return planner.levels
@@ -265,18 +269,7 @@ class Construction:
             BudgetError: a budget cannot be met, or two subnets would give the same scores.
         """
         analysis, n, net = self.net.analysis, self.net.num_subnets, self.net
-        scores, locked = self.ranking(1), self._locked(net.levels)
-
-        def solve(targets: list[int]) -> LandingResult:
-            planner = Planner(analysis, net.macs_model, net.levels, n, scores, locked, self.band)
-            notes: list[str] = []
-            for i, target in enumerate(track(targets, "landing on the budgets"), start=1):
-                planner.narrow(i)
-                planner.widen(i)
-                notes += settle(planner, i, target)
-            return result_of(planner, analysis, net.macs_model, notes)
-
-        result = land_apart(solve, analysis, net.macs_model, net.budgets, net.reference_macs)
+        result = in_blocks(self.multiples, net.budgets, self._landed)
         for i, names in cut_off_groups(analysis, result.levels, n).items():
             reason = "no later layer has new units to read them"
             result.notes.append(f"subnet {i} has new units in {', '.join(names)} that it does not use: {reason}")
@@ -287,6 +280,22 @@ class Construction:
                 self._revive()
         self._cool_down()
         return result
+
+    def _landed(self, blocks: Array) -> LandingResult:
+        """Levels on the budgets, from those of the last iteration."""
+        analysis, n, net = self.net.analysis, self.net.num_subnets, self.net
+        scores, locked = self.ranking(1), self._locked(net.levels)
+
+        def solve(targets: list[int]) -> LandingResult:
+            planner = Planner(analysis, net.macs_model, net.levels, n, scores, locked, self.band, blocks)
+            notes: list[str] = []
+            for i, target in enumerate(track(targets, "landing on the budgets"), start=1):
+                planner.narrow(i)
+                planner.widen(i)
+                notes += settle(planner, i, target)
+            return result_of(planner, analysis, net.macs_model, notes)
+
+        return land_apart(solve, analysis, net.macs_model, net.budgets, net.reference_macs)
 
     def _revive(self) -> None:
         """Give dead units new weights; levels that have nothing but dead units must not stay."""

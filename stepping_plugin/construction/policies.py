@@ -18,10 +18,12 @@ from ..errors import SteppingError, nearest
 from ..units.analysis import Analysis
 from ..units.levels import check_budgets, check_scores, locked_units
 from ..units.macs import MacModel
-from .counts import UnitClasses
+from .counts import Array, UnitClasses
 from .distinct import land_apart
 from .importance import discount_copies
-from .landing import LandingResult, Planner, land, result_of, settle
+from .landing import LandingResult, in_blocks, land, result_of, settle
+from .planner import Planner
+from .rounding import multiples
 from .uniform import BAND, INCREMENTS, Band, needed_widening, positions, uniform_band, uniform_levels
 
 __all__ = ["POLICIES", "Problem", "assign"]
@@ -39,6 +41,7 @@ class Problem:
     relative_band: tuple[float, float] = BAND
     increments: tuple[float, float] | None = INCREMENTS
     copies: Tensor | None = None  # made by widening of every original unit, lying side by side
+    multiples: Array | None = None  # units of each width that make a block
 
 
 def assign(
@@ -52,6 +55,7 @@ def assign(
     increments: tuple[float, float] | None = INCREMENTS,
     reference_macs: int | None = None,
     lineage: Sequence[Tensor] = (),
+    round_to: int = 1,
 ) -> LandingResult:
     """Levels for all units, so that every subnet meets its budget.
 
@@ -66,6 +70,7 @@ def assign(
         increments: the same for the units that a level adds; None: free.
         reference_macs: M_t, for percentages in messages; the whole network's MACs by default.
         lineage: `net.lineage`; tells which units of a widened network are copies.
+        round_to: channels that every level is to add in multiples of, see `rounding.multiples`.
 
     Returns:
         Levels (units beyond the last budget are spare, N + 1), exact MACs, and a note for every subnet below
@@ -86,14 +91,18 @@ def assign(
     check_budgets(analysis, macs_model, budgets, reference_macs or macs_model.total)
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     copies = lineage[-1] if lineage else None
-    problem = Problem(analysis, macs_model, budgets, scores, generator, relative_band, increments, copies)
     state, reference = generator.get_state(), reference_macs or macs_model.total
 
-    def solve(targets: list[int]) -> LandingResult:
-        return POLICIES[policy](replace(problem, budgets=targets, generator=generator.set_state(state)))
+    def attempt(blocks: Array) -> LandingResult:
+        bounds = relative_band, increments
+        problem = Problem(analysis, macs_model, budgets, scores, generator, *bounds, copies, blocks)
 
-    return land_apart(solve, analysis, macs_model, budgets, reference)
+        def solve(targets: list[int]) -> LandingResult:
+            return POLICIES[policy](replace(problem, budgets=targets, generator=generator.set_state(state)))
 
+        return land_apart(solve, analysis, macs_model, budgets, reference)
+
+    return in_blocks(multiples(analysis, macs_model, budgets, round_to), budgets, attempt)
 
 # ------------------------------------------------------------------------------------------------- policies
 
@@ -110,7 +119,7 @@ def steppingnet(problem: Problem) -> LandingResult:
     locked = locked_units(analysis, scores)
     band = uniform_band(analysis, macs_model, budgets, problem.relative_band, problem.increments)
     start = torch.ones(analysis.num_units, dtype=torch.long)
-    planner = Planner(analysis, macs_model, start, len(budgets), scores, locked, band)
+    planner = Planner(analysis, macs_model, start, len(budgets), scores, locked, band, problem.multiples)
     notes: list[str] = []
     for subnet, budget in enumerate(budgets, start=1):
         if planner.macs(subnet) > budget:
@@ -128,7 +137,7 @@ def any_width(problem: Problem) -> LandingResult:
     gradients and would stay one unit for ever.
     """
     analysis, macs_model, budgets = problem.analysis, problem.macs_model, problem.budgets
-    levels, shares = uniform_levels(analysis, macs_model, budgets)
+    levels, shares = uniform_levels(analysis, macs_model, budgets, problem.multiples)
     classes = UnitClasses(analysis, macs_model, small=len(budgets))
     position, _ = positions(classes)
     prefix = torch.from_numpy(1 - position / classes.width_size[classes.width[classes.of_unit]])
@@ -139,7 +148,8 @@ def any_width(problem: Problem) -> LandingResult:
         np.zeros(width.shape, dtype=np.int64),
         np.ceil(width).astype(np.int64),
     )
-    result = land(analysis, macs_model, levels, budgets, prefix, locked_units(analysis, prefix), band)
+    locked = locked_units(analysis, prefix)
+    result = land(analysis, macs_model, levels, budgets, prefix, locked, band, problem.multiples)
     _add_widening(result.notes, problem, len(budgets))
     return result if problem.copies is None else _copies_last(problem, problem.copies, result)
 

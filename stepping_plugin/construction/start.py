@@ -22,6 +22,7 @@ from ..units.analysis import Analysis
 from ..units.levels import check_budgets, parse_budgets
 from ..units.macs import MacModel, static_macs
 from ..units.witness import find_units
+from .calibration import fixed_round_to
 from .config import ConstructionConfig
 from .distinct import check_distinct
 from .expansion import least_expansion
@@ -29,6 +30,7 @@ from .importance import magnitude_scores
 from .landing import LandingResult
 from .original import check_model, private_copy, reference_notes, structure_notes
 from .policies import assign
+from .rounding import Grid
 from .widening import reinitialise, widen
 
 __all__ = ["convert", "endless", "one_shot", "start_network"]
@@ -73,7 +75,12 @@ def convert(
 
 
 def one_shot(
-    net: SteppingNet, policy: str = "steppingnet", *, scores: Tensor | None = None, seed: int = 0
+    net: SteppingNet,
+    policy: str = "steppingnet",
+    *,
+    scores: Tensor | None = None,
+    round_to: int = 1,
+    seed: int = 0,
 ) -> LandingResult:
     """Levels by a policy, without data; `net.take` carries them out.
 
@@ -81,6 +88,7 @@ def one_shot(
         net: from `convert`; not changed.
         policy: see `policies.assign`.
         scores: (num_units,) importance, higher is better; by default the magnitude of the weights.
+        round_to: channels that every level is to add in multiples of.
         seed: of the policy "random".
     """
     if scores is None and policy == "steppingnet":
@@ -94,6 +102,7 @@ def one_shot(
         generator=torch.Generator().manual_seed(seed),
         reference_macs=net.reference_macs,
         lineage=net.lineage,
+        round_to=round_to,
     )
 
 
@@ -120,8 +129,9 @@ def start_network(
     Raises:
         BudgetError: budgets that cannot be met, or more subnets than can differ.
     """
-    factor = least_expansion(analysis, budgets) if config.expansion == "auto" else float(config.expansion)
-    widened = widen(model, analysis, factor, seed, config.noise)
+    grid = Grid(fixed_round_to(config, model), len(budgets))
+    factor = least_expansion(analysis, budgets, grid) if config.expansion == "auto" else float(config.expansion)
+    widened = widen(model, analysis, factor, seed, config.noise, grid)
     if config.init == "random":
         reinitialise(widened.model, seed)
     check_budgets(widened.analysis, MacModel(widened.analysis), budgets, reference_macs)

@@ -30,7 +30,9 @@ def narrowing_band(band: Band, classes: UnitClasses, progress: float) -> Band:
     return Band(band.lower, coming_down(band.upper), np.zeros_like(band.new), coming_down(band.most))
 
 
-def narrow(levels: Tensor, i: int, band: Band, classes: UnitClasses, scores: Tensor, locked: Tensor) -> Tensor:
+def narrow(
+    levels: Tensor, i: int, band: Band, classes: UnitClasses, scores: Tensor, locked: Tensor, multiples: Array
+) -> Tensor:
     """Levels after the least important units have left subnet i wherever a width is above an upper bound.
 
     Args:
@@ -40,8 +42,10 @@ def narrow(levels: Tensor, i: int, band: Band, classes: UnitClasses, scores: Ten
         classes: whose widths the band bounds.
         scores: (num_units,) importance.
         locked: BoolTensor (num_units,), units that stay.
+        multiples: (W,) units of a block; the bounds are rounded up to whole ones.
     """
-    width, upper, most = classes.width[classes.of_unit], band.upper[:, i - 1], band.most[:, i - 1]
+    width = classes.width[classes.of_unit]
+    upper, most = (-(-bound[:, i - 1] // multiples) * multiples for bound in (band.upper, band.most))
     excess = np.maximum(
         np.bincount(width[(levels <= i).numpy()], minlength=len(upper)) - upper,
         np.bincount(width[(levels == i).numpy()], minlength=len(most)) - most,

@@ -36,14 +36,19 @@ class Band:
     most: Array
 
 
-def uniform_levels(analysis: Analysis, macs_model: MacModel, budgets: Sequence[int]) -> tuple[Tensor, Array]:
+def uniform_levels(
+    analysis: Analysis, macs_model: MacModel, budgets: Sequence[int], multiples: Array | None = None
+) -> tuple[Tensor, Array]:
     """The prefix pattern at or just below the budgets.
+
+    Args:
+        multiples: (W,) units of each width that are not parted, see `rounding.multiples`; by default one.
 
     Returns:
         levels: LongTensor (num_units,).
         shares: (N,) share of every width in subnets 1..N, the largest ones that the budgets allow.
     """
-    pattern = _Prefix(analysis, macs_model, len(budgets))
+    pattern = _Prefix(analysis, macs_model, len(budgets), multiples)
     shares = [pattern.grow(subnet, budget) for subnet, budget in enumerate(budgets, start=1)]
     return torch.from_numpy(pattern.levels), np.array(shares)
 
@@ -51,7 +56,7 @@ def uniform_levels(analysis: Analysis, macs_model: MacModel, budgets: Sequence[i
 class _Prefix:
     """Levels in network order: subnet after subnet takes the next units of every width."""
 
-    def __init__(self, analysis: Analysis, macs_model: MacModel, n: int) -> None:
+    def __init__(self, analysis: Analysis, macs_model: MacModel, n: int, multiples: Array | None) -> None:
         self.n = n
         self.classes = UnitClasses(analysis, macs_model, small=n)
         self.model = CountModel(self.classes, macs_model)
@@ -59,7 +64,9 @@ class _Prefix:
         locked = locked_units(analysis, first).numpy()
         self.position, self.width = positions(self.classes, locked)
         self.size = self.classes.width_size
-        self.locked_count = np.bincount(self.width[locked], minlength=len(self.size))
+        self.block = np.ones_like(self.size) if multiples is None else multiples
+        locked_count = np.bincount(self.width[locked], minlength=len(self.size))
+        self.locked_count = -(-locked_count // self.block) * self.block
         self.levels = np.full(analysis.num_units, n + 1)
         self.taken = np.zeros_like(self.size)
 
@@ -79,11 +86,14 @@ class _Prefix:
         return low
 
     def _units(self, subnet: int, share: float, new: bool) -> Array:
-        """Units per width at a share; with `new`, large widths get at least one new unit in every subnet."""
-        each = int(new) * (self.size >= self.n)
-        lower = np.maximum(np.maximum(self.taken + each, self.locked_count), int(new))
+        """Units per width at a share; with `new`, large widths get at least one new block in every subnet."""
+        each = int(new) * self.block * (self.size >= self.n * self.block)
+        lower = np.maximum(np.maximum(self.taken + each, self.locked_count), int(new) * self.block)
         upper = self.size - (self.n - subnet) * each
-        return np.maximum(np.minimum(np.floor(share * self.size + 0.5).astype(np.int64), upper), lower)
+        if subnet < self.n:
+            upper = upper // self.block * self.block
+        units = np.floor(share * self.size / self.block + 0.5).astype(np.int64) * self.block
+        return np.minimum(np.maximum(np.minimum(units, upper), lower), self.size)
 
     def _levels(self, subnet: int, units: Array) -> Array:
         new = (self.levels > self.n) & (self.position < units[self.width])

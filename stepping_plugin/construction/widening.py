@@ -25,6 +25,7 @@ from ..graph.labels import Role
 from ..graph.program import Program, call_arg, named_tensors, op_name
 from ..nested.module import direct_weights, sliced_copy, weight_layouts
 from ..units.analysis import Analysis, restrict
+from .rounding import ANY, Grid
 
 __all__ = ["Widened", "copies_for", "reinitialise", "widen"]
 
@@ -38,17 +39,20 @@ class Widened(NamedTuple):
     notes: list[str]
 
 
-def widen(model: nn.Module, analysis: Analysis, factor: float, seed: int = 0, noise: float = 0.0) -> Widened:
+def widen(
+    model: nn.Module, analysis: Analysis, factor: float, seed: int = 0, noise: float = 0.0, grid: Grid = ANY
+) -> Widened:
     """Duplicate units so that every width grows by a factor, without changing the function.
 
     Args:
         model: owner of the parameters; not modified.
         analysis: its units.
-        factor: at least 1; a width of `size` units grows to `round(factor * size)`.
+        factor: at least 1; a width of `size` units grows to `round(factor * size)`, or near it on the grid.
         seed: decides which units get one copy more than others, and the noise.
         noise: relative spread of the shares that the copies of a unit get of each of its outgoing weights. 0: equal
             shares; the copies then have equal gradients and stay the same unit until they are at different
             levels. The function is preserved whatever the noise is.
+        grid: which widths are wanted.
 
     Raises:
         SteppingError: factor below 1, or noise that could make a share negative.
@@ -58,14 +62,16 @@ def widen(model: nn.Module, analysis: Analysis, factor: float, seed: int = 0, no
     if not 0 <= noise <= 1:
         raise SteppingError(explain("out of range", where="noise", got=noise, expected="a number from 0 to 1"))
     generator = torch.Generator().manual_seed(seed)
-    copies, notes = copies_for(analysis, factor, generator)
+    copies, notes = copies_for(analysis, factor, generator, grid)
     wide, slices = restrict(analysis, copies)
     model = sliced_copy(model, slices)
     _split_outgoing(model, wide, copies, noise, generator)
     return Widened(model, wide, copies, notes)
 
 
-def copies_for(analysis: Analysis, factor: float, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+def copies_for(
+    analysis: Analysis, factor: float, generator: torch.Generator, grid: Grid = ANY
+) -> tuple[Tensor, list[str]]:
     """Copies of every unit that make every width `factor` times as wide, LongTensor (num_units,), and notes.
 
     Extra copies are spread evenly: counts within a group differ by one at most, and chance decides where.
@@ -79,19 +85,22 @@ def copies_for(analysis: Analysis, factor: float, generator: torch.Generator) ->
             copies[units] = math.floor(factor)
         else:
             fixed[units] = True
+    blocks = grid.blocks(analysis)
     for group in analysis.groups:
         free = group.units[~(fixed | uniform)[group.units]]
-        extra = round(factor * len(free)) - math.floor(factor) * len(free)
-        copies[free] = math.floor(factor)
+        wide = grid.width(factor, len(free), int(blocks[group.units].max()))
+        each, extra = divmod(wide, max(1, len(free)))
+        copies[free] = each
         copies[free[torch.randperm(len(free), generator=generator)[:extra]]] += 1
-    return copies, _notes(analysis, factor, copies, fixed)
+    return copies, _notes(analysis, factor, copies, fixed, uniform)
 
 
-def _notes(analysis: Analysis, factor: float, copies: Tensor, fixed: Tensor) -> list[str]:
+def _notes(analysis: Analysis, factor: float, copies: Tensor, fixed: Tensor, uniform: Tensor) -> list[str]:
     """One sentence per reason why groups are narrower than asked for."""
     short: dict[str, list[str]] = {}
     for group in analysis.groups:
-        if int(copies[group.units].sum()) < round(factor * len(group.units)):
+        held_back = bool((fixed | uniform)[group.units].any())
+        if held_back and int(copies[group.units].sum()) < round(factor * len(group.units)):
             reason = "a transformed weight, a convolution or a statistic over their channels bears no copies"
             if not bool(fixed[group.units].any()):
                 reason = "a statistic over their channels allows whole factors only"

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..construction.calibration import fixed_round_to
 from ..construction.config import ConstructionConfig
-from ..construction.start import convert
+from ..construction.landing import LandingResult
+from ..construction.start import convert, one_shot
 from ..errors import SteppingError
 from ..integrations.timm.models import named_model
 from ..net import SteppingNet
@@ -21,6 +23,7 @@ from ..training.trainer import processes
 from .data import DataBundle, build_data
 from .pretrained import take_over
 from .recipe_schema import ModelConfig, Recipe, TeacherConfig
+from .rounding import with_fixed_rounding
 
 __all__ = ["Parts"]
 
@@ -37,6 +40,7 @@ class Parts:
     stage: str = "the checks before the start"  # what is being done
     noted: dict[str, None] = field(default_factory=dict)  # what was said about weights
     _data: DataBundle | None = None
+    _settings: ConstructionConfig | None = None
 
     @property
     def main(self) -> bool:
@@ -93,9 +97,23 @@ class Parts:
 
     def start(self, original: nn.Module) -> SteppingNet:
         """The network that construction starts from, all units in subnet 1."""
-        config = ConstructionConfig.of(self.recipe.construction)
+        config = self.settings()
         example, arguments = torch.zeros(1, *self.data.input_size), self.recipe.model.kwargs
         return convert(original, self.recipe.budgets, config, example, arguments=arguments, seed=self.recipe.seed)
+
+    def settings(self, keep: bool = False) -> ConstructionConfig:
+        """Of the construction, with a number in `round_to`: measured once, and kept in the folder if so told."""
+        if self._settings is None:
+            config, device = ConstructionConfig.of(self.recipe.construction), processes(self.recipe.device).device
+            self._settings = with_fixed_rounding(config, device, self.folder, keep, self.main)
+            if config != self._settings:
+                self.tell(f"round_to: {self._settings.round_to} channels, as measured in {config.latency}")
+        return self._settings
+
+    def one_shot(self, net: SteppingNet) -> LandingResult:
+        """Levels by the recipe's policy, without data."""
+        round_to = fixed_round_to(self.settings(), net.model)
+        return one_shot(net, self.recipe.construction.policy, round_to=round_to, seed=self.recipe.seed)
 
     def teacher(self, original: nn.Module | None) -> nn.Module | None:
         """Who guides the retraining, if anybody does."""

@@ -26,9 +26,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..construction.config import ConstructionConfig
 from ..construction.flow import Construction
-from ..construction.start import one_shot
 from ..errors import SteppingError, explain
 from ..graph.device import usable_device
 from ..net import SteppingNet, load
@@ -94,7 +92,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     net = run.start(run.build_model(recipe.model, pretrained=False))
     run.check_batches(net)
     start = net.macs[0]
-    planned = one_shot(net, recipe.construction.policy, seed=recipe.seed)
+    planned = run.one_shot(net)
     return {"reference_macs": net.reference_macs, "start_macs": start, "units": net.analysis.num_units,
             "budgets": net.budgets, "macs": list(planned.macs),
             "notes": [*run.noted, *run.data.warnings, *net.notes, *planned.notes]}  # fmt: skip
@@ -230,12 +228,13 @@ class Run(Parts):
         if done.is_file():
             self.tell("construction: from an earlier run")
             return load(done)
+        self.settings(keep=True)
         seed_generators(self.recipe.seed)  # the same numbers whether the original was trained just now or earlier
         net, policy = self.start(original), self.recipe.construction.policy
         if policy == "steppingnet":
             net = self._iterate(net)
         else:
-            net.take(one_shot(net, policy, seed=self.recipe.seed))
+            net.take(self.one_shot(net))
         net = net.eval().compact()
         self._reconstruct(net, original)
         if self.main:
@@ -256,7 +255,7 @@ class Run(Parts):
         self.seconds["reconstruction"] = round(found.seconds, 3)
 
     def _iterate(self, net: SteppingNet) -> SteppingNet:
-        config = ConstructionConfig.of(self.recipe.construction)
+        config = self.settings()
         loader = self.loader("train", self.recipe.construction.batch_size, "construction")
         construction = Construction(net, loader, config, seed=self.recipe.seed, device=self.recipe.device)
         path = self.folder / "construction" / "state.safetensors"

@@ -201,6 +201,10 @@ class Construction(Optimisation):
     increments: tuple[float, float] | None = key(
         (0.5, 1.5), "the same for the units that a level adds; null: free; without a band: no effect"
     )
+    round_to: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = key(
+        1, "channels that every level adds to a layer in multiples of, where it is wide enough; auto: measured"
+    )
+    latency: Literal["torch", "onnxruntime"] = key("torch", "runtime whose speed counts, for round_to: auto")
     rebirth: bool = key(True, "after the last moves, units that never fire get new incoming weights")
     updates: Literal["joint", "sequential"] = key("joint", "one pass for all subnets, or the paper's ascending order")
     reconstruct: int = key(

@@ -64,7 +64,7 @@ STAGES = (
     Stage("original", ("model", "data", "train", "seed"), ("original.safetensors",),
           {"original": ("last.safetensors", *_LOGS)}),
     Stage("construction", ("budgets", "construction"), ("constructed.safetensors",),
-          {"construction": ("state.safetensors", *_LOGS)}),
+          {"construction": ("state.safetensors", "round_to.json", *_LOGS)}),
     Stage("retraining", ("retrain",),
           ("net.safetensors", "report.json", "accuracy_vs_macs.png", "units_per_layer.png", "index.html"),
           {"retrain": ("last.safetensors", *_LOGS)}),

@@ -107,7 +107,9 @@ def add_compare(commands: Any) -> None:
     compare = commands.add_parser("compare", help="SteppingNet against its rivals; runs what is missing")
     compare.add_argument("recipe", nargs="?", help="path or name of a recipe; without one, only --page is made")
     compare.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. data.limit=2000")
-    compare.add_argument("--study", default="methods", help="methods (default), expansion (Fig. 7), ablation (Fig. 8)")
+    compare.add_argument(
+        "--study", default="methods", help="methods (default), expansion (Fig. 7), ablation (Fig. 8), rounding"
+    )
     compare.add_argument("--methods", nargs="+", metavar="NAME", help="only these variants, e.g. steppingnet slimmable")
     compare.add_argument("--seeds", nargs="+", type=whole(0, SEED), default=[0, 1, 2], metavar="SEED", help="(0 1 2)")
     compare.add_argument(

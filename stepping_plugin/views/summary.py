@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ..nested.net import NestedNet
     from ..units.analysis import UnitGroup
 
-__all__ = ["human_macs", "summary", "units_per_level"]
+__all__ = ["channels_in_multiples_of", "human_macs", "summary", "units_per_level"]
 
 
 def human_macs(macs: float) -> str:
@@ -29,6 +30,18 @@ def human_macs(macs: float) -> str:
 def units_per_level(levels: Tensor, group: UnitGroup, n: int) -> list[int]:
     """Units of a group at levels 1..n and, last, spare ones."""
     return torch.bincount(levels[group.units], minlength=n + 2)[1 : n + 2].tolist()
+
+
+def channels_in_multiples_of(net: NestedNet, group: UnitGroup) -> int:
+    """Largest number that the channels which each level adds to a group's first layer are multiples of.
+
+    What the last subnet takes along because nothing is left over does not count, nor does a level that adds none.
+    """
+    outputs = net.analysis.weight_units[group.weights[0]][0]
+    inside = torch.isin(outputs, group.units)
+    counts = torch.bincount(net.levels[outputs[inside]], minlength=net.num_subnets + 2)[1:].tolist()
+    *added, spare = counts
+    return math.gcd(*(added if spare or math.gcd(*added) > 1 else added[:-1])) or math.gcd(*added)
 
 
 def summary(net: NestedNet) -> Group:
@@ -69,9 +82,12 @@ def _groups(net: NestedNet) -> Table:
     for i in range(1, net.num_subnets + 1):
         table.add_column(f"level {i}", justify="right")
     table.add_column("spare", justify="right")
+    table.add_column("channels", justify="right")
     levels = net.levels
     for group in net.analysis.groups:
         others = f" (+{len(group.weights) - 1})" if len(group.weights) > 1 else ""
         counts = units_per_level(levels, group, net.num_subnets)
-        table.add_row(group.name + others, str(len(group.units)), *map(str, counts))
+        table.add_row(
+            group.name + others, str(len(group.units)), *map(str, counts), f"{channels_in_multiples_of(net, group)} x"
+        )
     return table

@@ -87,6 +87,8 @@ _STRUCTURE = frozenset(  # of nested nets; other methods take the number of upda
         "band",
         "increments",
         "rebirth",
+        "round_to",
+        "latency",
         "updates",
         "reconstruct",
     ]
@@ -149,6 +151,8 @@ _ABLATION = {
     "long-construction": ("10 batches per iteration in construction, on top", ["construction.batches=10"]),
 }
 
+_ROUNDINGS = (4, 8, 16)
+
 STUDIES: dict[str, list[Variant]] = {
     "methods": list(METHODS.values()),
     "expansion": [
@@ -158,6 +162,10 @@ STUDIES: dict[str, list[Variant]] = {
     "ablation": [
         METHODS[REFERENCE],
         *[_ours(name, label, *keys) for name, (label, keys) in _ABLATION.items()],
+    ],
+    "rounding": [
+        METHODS[REFERENCE],
+        *[_ours(f"round-{r}", f"levels in multiples of {r}", f"construction.round_to={r}") for r in _ROUNDINGS],
     ],
 }
 
