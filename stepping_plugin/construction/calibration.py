@@ -1,8 +1,9 @@
 """`round_to: auto`: the multiple of channels that this machine likes best, measured.
 
 A stack of small convolutions (pointwise, depthwise, 3x3) is timed at widths around 48 channels that are multiples of 1,
-2, 4, 8 and 16 and of no more; all take turns, so that they meet the same machine, and the median of each counts. The
-smallest multiple whose time per MAC is near the best one wins: levels that need not be coarser fit budgets better.
+2, 4, 8 and 16 and of no more; all take turns, so that they meet the same machine, and the fastest turn of each counts,
+because other work only adds to the time. The smallest multiple whose time per MAC is near the best one wins: levels
+that need not be coarser fit budgets better.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ def _torch_runner(layers: list[Conv], batch: int, device: torch.device) -> Calla
 
 
 def _interleaved(runners: dict[int, Callable[[], Any]]) -> dict[int, float]:
-    """Median seconds of each; the first turns warm up."""
+    """Seconds of each in its fastest turn; the first ones warm up."""
     times: dict[int, list[float]] = {name: [] for name in runners}
     for turn in range(TURNS + 3):
         for name, run in runners.items():
@@ -108,4 +108,4 @@ def _interleaved(runners: dict[int, Callable[[], Any]]) -> dict[int, float]:
             run()
             if turn >= 3:
                 times[name].append(time.perf_counter() - began)
-    return {name: median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
