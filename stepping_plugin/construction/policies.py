@@ -104,6 +104,7 @@ def assign(
 
     return in_blocks(multiples(analysis, macs_model, budgets, round_to), budgets, attempt)
 
+
 # ------------------------------------------------------------------------------------------------- policies
 
 
