@@ -188,9 +188,9 @@ def test_widened_widths_are_multiples():
 def test_summary_says_what_levels_are_multiples_of():
     net = apply_steppingnet(make("test_resnet"), [0.3, 0.6], config=ConstructionConfig(round_to=8, expansion=1.0))
     for group in net.analysis.groups:
-        counts = torch.bincount(net.levels[group.units], minlength=4)[1:].tolist()
-        multiple = channels_in_multiples_of(net, group)
-        assert multiple >= 1 and all(c % multiple == 0 for c in counts[:1])
+        counts = torch.bincount(net.levels[group.units], minlength=4)[1:3].tolist()
+        assert channels_in_multiples_of(net, group) == math.gcd(*counts)  # one channel per unit in this model
+        assert not counts[0] % 8 or len(group.units) < 32
 
 
 # ---------------------------------------------------------------------------------------- settings, "auto"
@@ -238,3 +238,19 @@ def test_a_run_keeps_what_it_measured(monkeypatch, tmp_path):
     (tmp_path / FILE).write_text('{"round_to": "many"}')
     with pytest.raises(CheckpointError, match="damaged"):
         with_fixed_rounding(auto, cpu, tmp_path, keep=True, main=True)
+
+
+@pytest.mark.slow
+def test_bench_in_onnxruntime_runs_every_step():
+    pytest.importorskip("onnxruntime")
+    from stepping_plugin.studies.bench.onnx import bench_nets_in_onnxruntime
+
+    dense = timm.create_model("test_resnet").eval()
+    nets = {
+        str(r): apply_steppingnet(dense, [0.3, 0.6], config=ConstructionConfig(round_to=r, expansion=1.0))
+        for r in (1, 8)
+    }
+    found = bench_nets_in_onnxruntime(nets, dense, (1, 3), turns=1)
+    assert set(found) == {1, 3} and all(set(own) == {"1", "8"} for own in found.values())
+    for entry in (e for own in found.values() for e in own.values()):
+        assert len(entry["steps"]) == 2 and entry["ratio"] == pytest.approx(sum(entry["steps"]) / entry["dense"])

@@ -33,15 +33,10 @@ def units_per_level(levels: Tensor, group: UnitGroup, n: int) -> list[int]:
 
 
 def channels_in_multiples_of(net: NestedNet, group: UnitGroup) -> int:
-    """Largest number that the channels which each level adds to a group's first layer are multiples of.
-
-    What the last subnet takes along because nothing is left over does not count, nor does a level that adds none.
-    """
+    """Largest number of which the channels that every level adds to the first layer of a group are multiples."""
     outputs = net.analysis.weight_units[group.weights[0]][0]
-    inside = torch.isin(outputs, group.units)
-    counts = torch.bincount(net.levels[outputs[inside]], minlength=net.num_subnets + 2)[1:].tolist()
-    *added, spare = counts
-    return math.gcd(*(added if spare or math.gcd(*added) > 1 else added[:-1])) or math.gcd(*added)
+    own = outputs[torch.isin(outputs, group.units)]
+    return math.gcd(*torch.bincount(net.levels[own], minlength=net.num_subnets + 2)[1 : net.num_subnets + 1].tolist())
 
 
 def summary(net: NestedNet) -> Group:
