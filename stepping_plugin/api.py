@@ -20,6 +20,8 @@ from .graph.modes import ordinary_mode
 from .graph.program import unwrap
 from .net import SteppingNet
 from .training.batches import images_at_hand
+from .training.criteria import OwnCriterion
+from .training.losses import SubnetLoss
 
 __all__ = ["apply_steppingnet"]
 
@@ -34,6 +36,7 @@ def apply_steppingnet(
     calibration: Tensor | Iterable[Any] | None = None,
     policy: str = "steppingnet",
     config: ConstructionConfig | None = None,
+    criterion: str | OwnCriterion = "cross_entropy",
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -56,6 +59,7 @@ def apply_steppingnet(
         config: knobs of the construction; without `train_loader` only these matter: `expansion` (widen the network
             first, without changing its function, so that the largest subnets can use up their budgets) and `round_to`
             (channels that every level adds in multiples of, for speed).
+        criterion: that the construction trains with, see `training.loop.fit`; without `train_loader` it is not used.
         device: where to put the net; by default where the model is.
         seed: of everything random.
         progress: show how far it is, on standard error, once that takes seconds; None: yes, unless switched off around
@@ -70,7 +74,7 @@ def apply_steppingnet(
         CaptureError: the model cannot be captured, or has no units that can move.
         SteppingError: unsuitable arguments.
     """
-    settings, seed = _settings(config), checked_seed(seed)
+    settings, seed, loss = _settings(config), checked_seed(seed), SubnetLoss(criterion=criterion)
     place = None if device is None else usable_device(device)
     notes = []
     if isinstance(model, nn.Module) and settings.round_to == "auto":
@@ -85,7 +89,7 @@ def apply_steppingnet(
                 net.take(one_shot(net, policy, round_to=int(settings.round_to), seed=seed))
         if train_loader is not None and policy == "steppingnet":
             where = str(place or next(net.parameters()).device)
-            net = Construction(net, train_loader, settings, seed=seed, device=where).run()
+            net = Construction(net, train_loader, settings, seed=seed, device=where, criterion=loss).run()
         net = net.train(model.training) if place is None else net.train(model.training).to(place)
         if calibration is not None:
             net.notes += net.reconstruct(unwrap(model), calibration, seed=seed).notes

@@ -43,6 +43,7 @@ from ..errors import BudgetError, CheckpointError, explain
 from ..net import SteppingNet
 from ..training.batches import check_batch_size
 from ..training.checkpoint import ADVICE, differences
+from ..training.losses import SubnetLoss
 from ..training.trainer import Batch, TrainConfig, Trainer, assert_same_levels
 from ..units.levels import locked_units
 from .calibration import fixed_round_to
@@ -84,6 +85,7 @@ class Construction:
         config: hyperparameters.
         seed: of random importance.
         device: where to train, see `TrainConfig`.
+        criterion: of training and of Eq. 2, by default the cross entropy.
     """
 
     def __init__(
@@ -94,12 +96,13 @@ class Construction:
         *,
         seed: int = 0,
         device: str = "auto",
+        criterion: SubnetLoss | None = None,
     ) -> None:
         self.net, self.config, self.seed = net, config or ConstructionConfig(), seed
         check_batch_size(net, train_loader)
         settings = TrainConfig.of(self.config, epochs=1, sched="none", device=device)
         sequential = self.config.updates == "sequential"
-        self.trainer = Trainer(net, settings, 1, beta=self.config.beta, sequential=sequential)
+        self.trainer = Trainer(net, settings, 1, criterion=criterion, beta=self.config.beta, sequential=sequential)
         self.loader, self.stream = train_loader, endless(train_loader)
         self.iteration = self.batches = 0
         self.start_macs = net.macs[0]  # P_t

@@ -32,8 +32,10 @@ from ..graph.device import usable_device
 from ..net import SteppingNet, load
 from ..training.batches import learns_from_batches, single_image, smallest_batch
 from ..training.checkpoint import random_state, save_checkpoint, seed_generators
+from ..training.criteria import criterion_options
 from ..training.interrupts import ctrl_c
 from ..training.loop import TrainConfig, fit
+from ..training.losses import SubnetLoss
 from ..verify import verify
 from ..views.contribution import idle_levels
 from .early_exit import answers_of, early_exit_curve
@@ -154,6 +156,8 @@ class Run(Parts):
         require_trackers(recipe)
         if recipe.device != "auto":
             usable_device(recipe.device)
+        for section in (recipe.train, recipe.retrain):
+            criterion_options(section)
         for key, path in self.inputs.items():
             if not path.is_file():
                 raise SteppingError(explain("no such file", where=key, got=str(path), action="Check the path."))
@@ -215,8 +219,10 @@ class Run(Parts):
             self.tell(f"original: {recipe.model.name}, {recipe.train.epochs} epochs")
             config = TrainConfig.of(recipe.train, seed=recipe.seed, device=recipe.device)
             self._epochs = config.epochs
-            log = fit(model, self.loader("train", recipe.train.batch_size), self.validation(recipe.train), config,
-                      checkpoint_dir=self.folder / "original", log=self._log)  # fmt: skip
+            log = fit(
+                model, self.loader("train", recipe.train.batch_size), self.validation(recipe.train), config,
+                **criterion_options(recipe.train), checkpoint_dir=self.folder / "original", log=self._log,
+            )  # fmt: skip
             self.history["original"] = log.epochs
         if self.main:
             save_weights(model, done, settings)
@@ -257,7 +263,8 @@ class Run(Parts):
     def _iterate(self, net: SteppingNet) -> SteppingNet:
         config = self.settings()
         loader = self.loader("train", self.recipe.construction.batch_size, "construction")
-        construction = Construction(net, loader, config, seed=self.recipe.seed, device=self.recipe.device)
+        construction = Construction(net, loader, config, seed=self.recipe.seed, device=self.recipe.device,
+                                    criterion=SubnetLoss(**criterion_options(self.recipe.retrain)))  # fmt: skip
         path = self.folder / "construction" / "state.safetensors"
         if path.is_file():
             resume_construction(construction, path)
@@ -288,6 +295,7 @@ class Run(Parts):
             net, self.loader("train", settings.batch_size, "retrain"), self.validation(settings), config,
             teacher=self.teacher(original), gamma=settings.gamma, temperature=settings.temperature,
             from_largest=settings.distill_from == "largest", subnet_weights=settings.subnet_weights,
+            **criterion_options(settings),
             beta=settings.beta, sequential=settings.updates == "sequential",
             checkpoint_dir=self.folder / "retrain", log=self._log,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,7 @@ from stepping_plugin.runs.recipe_data import (
     Section,
     key,
 )
+from stepping_plugin.training.criteria import CRITERIA
 from stepping_plugin.units.levels import BUDGET_TEXT, SUFFIX
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Train",
 ]
 
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 _SCHEDULES = Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"]
 
 
@@ -137,6 +140,13 @@ class Train(Optimisation):
     )
     decay_rate: float = key(0.1, "of sched: step and multistep; power of poly", gt=0, le=100)
     smoothing: float = key(0.0, "label smoothing", ge=0, lt=1)
+    loss: str = key(
+        "cross_entropy",
+        "learned from labels: cross_entropy, binary (sigmoid, any number of labels per picture), focal, or "
+        "package.module.name of a function of scores (B, classes) and labels; retrain.loss is the construction's, too",
+        max_length=200,
+    )
+    focal_gamma: float = key(2.0, "of loss: focal; 0: cross entropy", ge=0, le=100)
     model_ema: bool = key(False, "keep and report an exponential moving average of the weights")
     model_ema_decay: float = key(0.9998, "of the moving average", gt=0, lt=1)
     checkpoint_steps: int | None = key(
@@ -144,6 +154,24 @@ class Train(Optimisation):
     )
     channels_last: bool = key(False, "memory layout of images and weights; faster for convolutions on some devices")
     torchcompile: bool = key(False, "train through torch.compile; the first updates take minutes")
+
+    @field_validator("loss")
+    @classmethod
+    def _criterion_or_path(cls, loss: str, info: ValidationInfo) -> str:
+        if loss in CRITERIA:
+            return loss
+        if not _DOTTED.fullmatch(loss):
+            raise ValueError(f"{nearest(loss, CRITERIA)}; a function of your own is named package.module.name")
+        if info.data.get("smoothing"):
+            raise ValueError("a function of your own gets the labels as they are: remove smoothing")
+        return loss
+
+    @field_validator("focal_gamma")
+    @classmethod
+    def _only_of_focal(cls, gamma: float, info: ValidationInfo) -> float:
+        if gamma != cls.model_fields["focal_gamma"].default and info.data.get("loss", "focal") != "focal":
+            raise ValueError(f"has no effect with loss: {info.data['loss']}; remove it, or set loss: focal")
+        return gamma
 
     @field_validator("warmup_epochs")
     @classmethod

@@ -95,7 +95,8 @@ def check_batch_size(net: nn.Module, loader: Any) -> None:
 
 
 def checked_batch(batch: Any) -> tuple[Tensor, Tensor]:
-    """Images (B, ...) and labels: int64 (B,) (other whole numbers are converted) or class probabilities (B, classes).
+    """Images (B, ...) and labels: int64 (B,) (other whole numbers are converted), or floats (B, classes): class
+    probabilities, or 1 for every class that a picture shows (whole numbers and booleans of that shape are converted).
 
     Raises:
         SteppingError: something else.
@@ -110,11 +111,14 @@ def checked_batch(batch: Any) -> tuple[Tensor, Tensor]:
         raise SteppingError(explain("not a batch", got=got, expected="two tensors", action=action))
     if not images.dim() or not len(images):
         raise SteppingError(explain("an empty batch", got=f"images {tuple(images.shape)}", action="Check the loader."))
-    if labels.dim() not in (1, 2) or len(labels) != len(images) or labels.dtype == torch.bool or labels.is_complex():
+    wrong_type = labels.is_complex() or (labels.dtype == torch.bool and labels.dim() == 1)
+    if labels.dim() not in (1, 2) or len(labels) != len(images) or wrong_type:
         got = f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)} for {len(images)} images"
-        expected = "int64 (B,), or probabilities (B, classes)"
+        expected = "int64 (B,), or probabilities or several labels per image (B, classes)"
         raise SteppingError(explain("labels do not fit the images", got=got, expected=expected))
-    return images, labels if labels.is_floating_point() else labels.long()
+    if labels.is_floating_point():
+        return images, labels
+    return images, labels.long() if labels.dim() == 1 else labels.float()
 
 
 def check_target(target: Tensor, scores: Tensor) -> None:

@@ -1,10 +1,11 @@
-"""Accuracy of every subnet in one pass."""
+"""Accuracy of every subnet in one pass. Further metrics: `training.metrics`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from stepping_plugin.errors import SteppingError, explain
 from stepping_plugin.training.batches import check_target, checked_batch
 from stepping_plugin.training.losses import cross_entropy
 
-__all__ = ["AllScores", "evaluate"]
+__all__ = ["AllScores", "check_labels", "evaluate"]
 
 
 class AllScores(nn.Module):
@@ -41,6 +42,9 @@ class AllScores(nn.Module):
 def evaluate(net: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, list[float]]:
     """Accuracy (a share in [0, 1]) and mean cross entropy of every subnet, over all processes.
 
+    Of pictures with any number of labels (floats (B, C) of zeros and ones) the answer is right when every label is, at
+    a probability of one half, and the loss is the binary cross entropy.
+
     Args:
         net: a SteppingNet, or any classifier (N = 1); evaluated where it is, its mode is restored.
         loader: batches of (images, labels); in a distributed run, this process's share.
@@ -60,12 +64,8 @@ def evaluate(net: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[st
             images, labels = checked_batch(batch)
             found = scores(images.to(first.device, first.dtype, non_blocking=True))
             labels = labels.to(first.device, non_blocking=True)
-            if labels.dim() != 1:
-                got = f"shape {tuple(labels.shape)}"
-                raise SteppingError(explain("accuracy needs one class per image", got=got, expected="labels (B,)"))
-            check_target(labels, found)
-            correct = (found.argmax(-1) == labels).sum(1).to(kind)
-            loss = cross_entropy(found, labels).to(kind) * len(labels)
+            right, loss = _judged(found, labels)
+            correct, loss = right.sum(1).to(kind), loss.to(kind) * len(labels)
             counts = torch.stack([correct, loss, torch.full_like(loss, len(labels))])
             sums = counts if sums is None else sums + counts
     finally:
@@ -74,3 +74,28 @@ def evaluate(net: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[st
         raise SteppingError("the validation loader gives no batch. Check the data set, or leave val_loader out.")
     correct, loss, count = reduce(sums, "sum")
     return {"accuracy": (correct / count).tolist(), "loss": (loss / count).tolist()}
+
+
+def _judged(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which answers (N, B, C) are right, BoolTensor (N, B), and the mean loss of every subnet (N,)."""
+    check_target(labels, scores)
+    if labels.dim() == 1:
+        return scores.argmax(-1) == labels, cross_entropy(scores, labels)
+    check_labels(labels)
+    target = labels.to(scores.dtype).expand_as(scores)
+    loss = F.binary_cross_entropy_with_logits(scores, target, reduction="none").mean((1, 2))
+    return ((scores > 0) == (labels > 0)).all(-1), loss
+
+
+def check_labels(labels: Tensor) -> None:
+    """Pictures are judged by what they show, not by probabilities (mixup).
+
+    Raises:
+        SteppingError: labels (B, C) other than 0 and 1.
+    """
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        got, expected = (
+            f"values such as {labels[(labels != 0) & (labels != 1)][0].item():g}",
+            "classes (B,), or 0 and 1",
+        )
+        raise SteppingError(explain("answers cannot be judged by these labels", got=got, expected=expected))

@@ -36,6 +36,7 @@ from stepping_plugin.training.checkpoint import (
     save_checkpoint,
     seed_generators,
 )
+from stepping_plugin.training.criteria import OwnCriterion
 from stepping_plugin.training.evaluation import evaluate
 from stepping_plugin.training.interrupts import ctrl_c
 from stepping_plugin.training.loader import EpochLoader
@@ -78,6 +79,9 @@ def fit(
     temperature: float = 1.0,
     from_largest: bool = False,
     subnet_weights: Sequence[float] | None = None,
+    criterion: str | OwnCriterion = "cross_entropy",
+    class_weights: Sequence[float] | None = None,
+    focal_gamma: float = 2.0,
     beta: float = 0.9,
     sequential: bool = False,
     mixup: Callable[[Tensor, Tensor], Batch] | None = None,
@@ -102,6 +106,11 @@ def fit(
         temperature: softness of the teacher's answers.
         from_largest: the largest subnet teaches the others.
         subnet_weights: one factor per subnet; None: all 1.
+        criterion: what is learned from labels: "cross_entropy", "binary" (any number of labels per picture), "focal",
+            or a function of scores (B, classes) and labels such as `torch.nn.MultiMarginLoss()`; `teacher` adds to it
+            as to the cross entropy.
+        class_weights: one factor per class, see `criteria.Criterion`; None: all 1.
+        focal_gamma: of the focal loss.
         beta: of the weight-update suppression, see `Trainer`; 1: none.
         sequential: the paper's updates, one per subnet and batch; N passes.
         mixup: (images, labels) -> (images, class probabilities), such as `timm.data.Mixup`.
@@ -128,14 +137,16 @@ def fit(
     if config.epochs == 0:
         return History()
     check_batch_size(net, train_loader)
-    criterion = SubnetLoss(gamma, temperature, config.smoothing, subnet_weights, from_largest)
+    loss = SubnetLoss(
+        gamma, temperature, config.smoothing, subnet_weights, from_largest, criterion, class_weights, focal_gamma
+    )
     updates_per_epoch = math.ceil(batches / config.grad_accum_steps)
     guided = teacher is not None and teacher.training
     trainer = Trainer(
         net,
         config,
         updates_per_epoch,
-        criterion=criterion,
+        criterion=loss,
         teacher=teacher,
         beta=beta,
         sequential=sequential,
@@ -143,7 +154,7 @@ def fit(
     )
     settings = {
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE_SETTINGS},
-        "loss": dataclasses.asdict(criterion),
+        "loss": loss.settings(),
         "beta": beta,
         "sequential": sequential,
         "teacher": teacher is not None,

@@ -18,41 +18,28 @@ timm's `LogitDistillationTask` has the same divergence:
 `task_loss_weight=gamma, distill_loss_weight=1 - gamma`. timm's temperature is 4.0 by default, the paper has
 none (1).
 
+CE is the cross entropy, or another criterion (`training.criteria`); gamma, the temperature and the subnets' weights
+mean the same with each. Label smoothing and class weights belong to the first term alone: the teacher is followed as it
+is. Where every class is a yes or no of its own (`binary`), so it is for the teacher: KL is then that of C Bernoulli
+variables, averaged over classes as the criterion is.
+
 Shapes: `scores` is Tensor[N, B, C], the class scores of all subnets (`SteppingNet.forward_all`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stepping_plugin.errors import SteppingError, explain
+from stepping_plugin.training.criteria import Criterion, OwnCriterion, at_least_float32, cross_entropy
 
-__all__ = ["SubnetLoss", "cross_entropy", "distillation"]
-
-
-def cross_entropy(scores: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy of every subnet.
-
-    Args:
-        scores: Tensor[N, B, C].
-        target: classes, int64 Tensor[B], or class probabilities, Tensor[B, C] (mixup).
-        smoothing: label smoothing, the share of the target spread over all classes.
-
-    Returns:
-        Tensor[N], in float32 or better.
-    """
-    subnets, batch, _ = scores.shape
-    flat = _at_least_float32(scores).flatten(0, 1)
-    if target.is_floating_point():
-        target = target.to(flat.dtype)
-    targets = target.repeat(subnets, *[1] * (target.dim() - 1))
-    losses = F.cross_entropy(flat, targets, reduction="none", label_smoothing=smoothing)
-    return losses.view(subnets, batch).mean(1)
+__all__ = ["SubnetLoss", "binary_distillation", "cross_entropy", "distillation"]
 
 
 def distillation(scores: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -66,25 +53,39 @@ def distillation(scores: Tensor, teacher: Tensor, temperature: float = 1.0) -> T
     Returns:
         Tensor[N], in float32 or better.
     """
-    student = F.log_softmax(_at_least_float32(scores) / temperature, -1)
-    guide = F.log_softmax(_at_least_float32(teacher.detach()) / temperature, -1)
+    student = F.log_softmax(at_least_float32(scores) / temperature, -1)
+    guide = F.log_softmax(at_least_float32(teacher.detach()) / temperature, -1)
     divergence = F.kl_div(student, guide.expand_as(student), reduction="none", log_target=True)
     return divergence.sum(-1).mean(-1) * temperature**2
+
+
+def binary_distillation(scores: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 * KL(teacher || subnet) where every class is a yes or no of its own; mean over classes and batch.
+
+    Arguments and result: as of `distillation`.
+    """
+    student = at_least_float32(scores) / temperature
+    guide = at_least_float32(teacher.detach()) / temperature
+    shares = guide.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(guide, shares, reduction="none")
+    cross = F.binary_cross_entropy_with_logits(student, shares.expand_as(student), reduction="none")
+    return (cross - entropy).mean((1, 2)) * temperature**2
 
 
 @dataclass(frozen=True)
 class SubnetLoss:
     """L'_1 .. L'_N of Eq. 4. Called with `(scores, target, teacher_scores=None)`; returns Tensor[N].
 
-    Without teacher scores (and without `from_largest`) it is the cross entropy alone, whatever gamma is.
+    Without teacher scores (and without `from_largest`) it is the criterion alone, whatever gamma is.
 
     Args:
-        gamma: weight of the cross entropy; 1 - gamma is that of the teacher.
+        gamma: weight of the criterion; 1 - gamma is that of the teacher.
         temperature: of the distillation.
         smoothing: of the labels; the teacher's scores are left as they are.
         weights: one factor per subnet; None: all 1.
         from_largest: the largest subnet teaches the others, itself learning from the labels alone (in-place
             distillation, https://arxiv.org/abs/1903.05134); no teacher is needed then.
+        criterion, class_weights, focal_gamma: see `criteria.Criterion`.
 
     Raises:
         SteppingError: a value out of range, or shapes that do not go together.
@@ -95,27 +96,41 @@ class SubnetLoss:
     smoothing: float = 0.0
     weights: Sequence[float] | None = None
     from_largest: bool = False
+    criterion: str | OwnCriterion = "cross_entropy"
+    class_weights: Sequence[float] | None = None
+    focal_gamma: float = 2.0
 
     def __post_init__(self) -> None:
         bounds = {
             "gamma": (0 <= self.gamma <= 1, "a number from 0 to 1"),
             "temperature": (self.temperature > 0, "a number above 0"),
-            "smoothing": (0 <= self.smoothing < 1, "a number from 0 up to 1"),
         }
         for name, (fine, expected) in bounds.items():
             if not fine:
                 raise SteppingError(explain("out of range", where=name, got=getattr(self, name), expected=expected))
+        self.of_labels  # noqa: B018 (whose values are checked)
+
+    @property
+    def of_labels(self) -> Criterion:
+        """The first term of Eq. 4."""
+        return Criterion(self.criterion, self.smoothing, self.class_weights, self.focal_gamma)
+
+    def settings(self) -> dict[str, Any]:
+        """What a continued run must have in common with its beginning; a criterion of one's own by its name."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "criterion": self.of_labels.name}
 
     def __call__(self, scores: Tensor, target: Tensor, teacher_scores: Tensor | None = None) -> Tensor:
-        losses = cross_entropy(scores, target, self.smoothing)
+        of_labels = self.of_labels
+        losses = of_labels(scores, target)
+        follow = binary_distillation if of_labels.is_binary else distillation
         if self.from_largest:
             if teacher_scores is not None:
                 raise SteppingError("from_largest: the largest subnet is the teacher; pass no teacher scores.")
-            shared = distillation(scores[:-1], scores[-1], self.temperature)
+            shared = follow(scores[:-1], scores[-1], self.temperature)
             losses = torch.cat([self.gamma * losses[:-1] + (1 - self.gamma) * shared, losses[-1:]])
         elif teacher_scores is not None:
             check_teacher(scores, teacher_scores)
-            shared = distillation(scores, teacher_scores, self.temperature)
+            shared = follow(scores, teacher_scores, self.temperature)
             losses = self.gamma * losses + (1 - self.gamma) * shared
         if self.weights is None:
             return losses
@@ -138,7 +153,3 @@ def check_teacher(scores: Tensor, teacher_scores: Tensor) -> None:
             f"{scores.shape[-1]}) trained on this data.",
         )
     )
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

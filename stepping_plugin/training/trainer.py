@@ -159,6 +159,9 @@ class Trainer:
             net.to(memory_format=torch.channels_last)
         self.teacher = teacher.to(self.device).eval() if teacher is not None else None
         self.criterion = criterion or SubnetLoss(smoothing=config.smoothing)
+        own = getattr(self.criterion, "criterion", self.criterion)
+        if isinstance(own, nn.Module):  # weights of classes, for example, are buffers
+            own.to(self.device)
         owner = net.model if isinstance(net, NestedNet) else net  # knows what timm asks a model about
         self.optimizer = _optimizer(owner, config)
         self.scheduler, self.epochs = _schedule(self.optimizer, config, updates_per_epoch)

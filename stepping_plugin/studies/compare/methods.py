@@ -27,8 +27,10 @@ from ...integrations.fvcore import count_macs
 from ...integrations.torch_pruning.to_budget import loss_gradients, prune_to_budget, sparsity_regulariser
 from ...net import SteppingNet
 from ...runs.pipeline import Run
+from ...training.criteria import criterion_options
 from ...training.evaluation import evaluate
 from ...training.loop import TrainConfig, fit
+from ...training.losses import SubnetLoss
 from ...training.trainer import Batch, Trainer
 from ...units.levels import parse_budgets
 from ...units.macs import MacModel
@@ -107,6 +109,7 @@ class Job:
             net, self.run.loader("train", section.batch_size, "retrain"), None, self.settings(epochs),
             teacher=self.teacher, gamma=section.gamma, temperature=section.temperature, beta=section.beta,
             from_largest=section.distill_from == "largest", sequential=section.updates == "sequential",
+            **criterion_options(section),
             subnet_weights=section.subnet_weights if isinstance(net, SteppingNet) else None,
             checkpoint_dir=self.folder / name,
         )  # fmt: skip
@@ -206,7 +209,8 @@ def _construction_step(job: Job) -> float:
     """A construction update, its share of importance and moves included, over a plain one: the first iterations."""
     config = ConstructionConfig.of(job.recipe.construction, lr=1e-9)
     loader = job.run.loader("train", job.recipe.construction.batch_size, "construction")
-    construction = Construction(job.run.start(job.original), loader, config, device=job.recipe.device)
+    construction = Construction(job.run.start(job.original), loader, config, device=job.recipe.device,
+                                criterion=SubnetLoss(**criterion_options(job.recipe.retrain)))  # fmt: skip
     return round(job.work_ratio(construction.step) / max(1, config.batches), 3)
 
 
