@@ -18,6 +18,7 @@ from .errors import SteppingError
 from .runs.commands import add_run
 from .runs.conversion import add_convert_weights
 from .runs.net_commands import add_export, add_predict, add_report
+from .runs.threshold_command import add_thresholds
 from .runs.zoo import add_zoo
 from .studies.commands import add_bench, add_compare, add_coverage
 from .views.commands import add_inspect
@@ -124,8 +125,8 @@ def _add_quiet(parser: argparse.ArgumentParser) -> None:
             command.add_argument("--quiet", action="store_true", help="show no progress on standard error")
 
 
-_COMMANDS = (add_inspect, add_run, add_predict, add_report, add_export, add_bench, add_compare, add_coverage, add_zoo,
-             add_convert_weights)  # fmt: skip
+_COMMANDS = (add_inspect, add_run, add_thresholds, add_predict, add_report, add_export, add_bench, add_compare,
+             add_coverage, add_zoo, add_convert_weights)  # fmt: skip
 
 # Options of commands that register plain numbers.
 _RANGES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +13,18 @@ from .console.progress import stage
 from .engine import Engine, compile_engine
 from .engine.engine import exact_subnet
 from .engine.exact import ExactSubnet
+from .errors import SteppingError
 from .files.headers import Contribution
 from .graph.device import on_cpu_by_default
 from .nested.net import NestedNet
 from .nested.subnet import Subnet
 from .reconstruction.reconstruct import Reconstruction, reconstruct
 from .serialization import pack_net, read_net, unpack_net, write_net
+from .training.exits import ExitChoice, choose_exit
 from .training.loop import History, fit
+from .training.metrics import Metrics, metrics_of
+from .training.predictions import predictions_of
+from .training.targets import parse_target
 from .training.trainer import TrainConfig
 from .views.contribution import measure_contribution
 from .views.summary import summary
@@ -44,8 +49,45 @@ class SteppingNet(NestedNet):
 
         Arguments and result: `training.loop.fit`. For a loop of your own, use `forward_all`.
         """
-        self.contribution = None
+        self._changed()
         return fit(self, train_loader, val_loader, config, **options)
+
+    def _changed(self) -> None:
+        """What was measured on other weights holds no longer."""
+        self.contribution, self.metadata = None, self.metadata.updated(exit=None)
+
+    def evaluate(self, loader: Iterable[Any], classes: Sequence[str] | None = None) -> list[Metrics]:
+        """Metrics of every subnet: accuracy, balanced accuracy, precision, recall, F1, AUC, calibration, per class.
+
+        Args:
+            loader: batches of (images, labels); labels (B,) are classes, (B, classes) of zeros and ones any number.
+            classes: their names; by default those in `metadata`, or numbers.
+
+        Returns:
+            One `training.metrics.Metrics` per subnet; `views.metrics.metrics_table` prints them.
+        """
+        return metrics_of(predictions_of(self, loader), classes or self.metadata.classes)
+
+    def choose_exit(self, loader: Iterable[Any], target: str, **options: Any) -> ExitChoice:
+        """Fit temperatures and thresholds on held-out pictures, and keep them for `predict(until="calibrated")`.
+
+        Args:
+            loader: batches of (images, labels) that the net was not trained on, and is not judged by.
+            target: such as "accuracy >= 99 % of the largest subnet" or "macs <= 30 %", see `training.targets`.
+            options: `per_class`, `combine`, `original` (predictions of the original on the same pictures), `costs`
+                (milliseconds until every subnet, for a target in milliseconds; else MACs), see
+                `training.exits.choose_exit`.
+        """
+        costs = options.pop("costs", None)
+        if (parse_target(target).kind == "milliseconds") != (costs is not None):
+            raise SteppingError(
+                "choose_exit: pass costs=[milliseconds until every subnet] with a target in milliseconds."
+            )
+        costs = costs or self.macs
+        given = {"original_macs": self.reference_macs, "classes": self.metadata.classes, **options}
+        choice = choose_exit(predictions_of(self, loader), costs, target, **given)
+        self.metadata = self.metadata.updated(exit=choice.rule)
+        return choice
 
     def deploy(self, *, compile: bool | Mapping[str, Any] = False) -> Engine:
         """Compile the incremental engine, see `engine.compile_engine`."""
@@ -73,7 +115,7 @@ class SteppingNet(NestedNet):
 
     def reconstruct(self, original: nn.Module, images: Any, **options: Any) -> Reconstruction:
         """Bring the original's values back by least squares on unlabelled images, see `reconstruction.reconstruct`."""
-        self.contribution = None
+        self._changed()
         return reconstruct(self, original, images, **options)
 
     def summary(self) -> Group:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .errors import CaptureError, CheckpointError, SteppingError, explain
 from .files.graphs import DAMAGE
 from .files.headers import NetHeader, Probe, mode_name, validated
+from .files.metadata import Metadata
 from .files.origin import candidates, same_names
 from .files.probe import compare_scores, probe_images, quiet
 from .files.zoo import find_net
@@ -104,6 +105,7 @@ def write_net(net: NestedNet, path: str | os.PathLike[str]) -> None:
         "probe": _PROBE.model_dump() if scores is not None else None,
         "contribution": net.contribution and net.contribution.model_dump(),
         "analysis": stored and stored[0].model_dump(),
+        "metadata": net.metadata.model_dump(),
     }
     try:
         validated(NetHeader, header, path)
@@ -291,9 +293,8 @@ def _without_capture(kind: type[NetT], model: nn.Module, make: Callable[[], nn.M
             _check_type(name, tensor, file.weights[name], file.path)
         if fingerprint(analysis) != header.fingerprint or _compare_programs(analysis, header, file.path):
             return None
-        net = _filled(
-            kind, copy_with(model, {n: t.clone() for n, t in file.weights.items()}), analysis, file
-        )  # aligned
+        aligned = {n: t.clone() for n, t in file.weights.items()}
+        net = _filled(kind, copy_with(model, aligned), analysis, file)
     except (CheckpointError, *DAMAGE):  # the long way finds out what is wrong, and says so
         return None
     if True in header.modes:
@@ -312,6 +313,10 @@ def _filled(kind: type[NetT], model: nn.Module, analysis: Analysis, file: _File,
     _take_over(net.model, file.weights, path)
     net.notes = list(header.notes)
     net.contribution = header.contribution
+    try:
+        net.metadata = header.metadata or Metadata()
+    except SteppingError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
     _compare_scores(net, header, file.tensors, doubt, path)
     if header.version == 1 and _WITHOUT not in net.notes:
         net.notes.append(_WITHOUT)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from nets import images, make, nested
-from torch import Tensor
 
 from stepping_plugin.engine import compile_engine
-from stepping_plugin.errors import SteppingError
-from stepping_plugin.runs.early_exit import Answers, answers_of, early_exit_curve
+from stepping_plugin.runs.early_exit import Answers, early_exit_curve
+from stepping_plugin.training.predictions import predict_all
 
 
 def answers(confidence: list[list[float]], correct: list[list[int]]) -> Answers:
@@ -25,7 +24,8 @@ def random_answers(seed: int, samples: int = 200) -> Answers:
 def test_a_point_is_what_predict_does_with_its_threshold():
     engine = compile_engine(nested(make("test_resnet"), seed=3).eval())
     x, labels = images(engine.image_size, 24), torch.arange(24) % 3
-    found = answers_of(engine, [(x[:10], labels[:10]), (x[10:], labels[10:])])
+    batches = [(x[:10], labels[:10]), (x[10:], labels[10:])]
+    found = Answers.of(predict_all(lambda images: torch.stack(list(engine.steps(images))), batches))
     for row in early_exit_curve(found, found, engine.macs, points=4):
         threshold = min(1.0, row["threshold"] * (1 - 1e-9))  # batches of another size round otherwise
         prediction = engine.predict(x, until={"max_prob": threshold})
@@ -68,10 +68,3 @@ def test_sure_samples_stop_early_and_the_others_win():
     first, middle, last = early_exit_curve(found, found, [10, 30], points=3)
     assert (first["accuracy"], middle["accuracy"], last["accuracy"]) == (0.5, 1.0, 1.0)
     assert middle["macs"] == 20
-
-
-def test_no_samples_is_an_error():
-    engine = compile_engine(nested(make("test_resnet"), seed=3).eval())
-    nothing: list[tuple[Tensor, Tensor]] = []
-    with pytest.raises(SteppingError, match="no samples"):
-        answers_of(engine, nothing)

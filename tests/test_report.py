@@ -15,6 +15,9 @@ from rich.console import Console
 
 from stepping_plugin.errors import SteppingError
 from stepping_plugin.runs import report
+from stepping_plugin.training.exits import choose_exit, judge_exit
+from stepping_plugin.training.metrics import metrics_of
+from stepping_plugin.training.predictions import Predictions
 
 FILES = {"report.json", "accuracy_vs_macs.png", "units_per_layer.png", "index.html"}
 
@@ -122,6 +125,31 @@ def test_early_exit_is_in_the_picture_on_the_page_and_in_the_terminal(tmp_path):
     for text in ("0.8300", "310 k", "31.0 %", "78.00 %", "60 / 25 / 15"):
         assert text in console.file.getvalue() and text in page
     assert "the &lt;val&gt; split" in page
+
+
+def test_metrics_and_calibrated_exit_are_on_the_page_and_in_the_terminal(tmp_path):
+    labels = torch.arange(60) % 3
+    scores = torch.randn(3, 60, 3) + 2 * torch.eye(3)[labels]
+    found, names = Predictions(scores, labels), ["cat", "<dog>", "owl"]
+    macs = [200_000, 400_000, 600_000]
+    choice = choose_exit(found, macs, "recall of <dog> >= 70 %", classes=names, per_class=True)
+    judged = judge_exit(choice, found, macs, macs, classes=names)
+    original, *subnets = [m.as_dict() for m in metrics_of(Predictions(torch.cat([scores[-1:], scores]), labels), names)]
+    metrics = {"pictures": 60, "original": original, "subnets": subnets}
+    data = example() | {"metrics": metrics, "calibrated_exit": judged}
+    page = report.write_report(tmp_path, data).read_text()
+    assert Page(page).open == [] and "<dog>" not in page
+    dogs, exits = subnets[0]["classes"][1], judged["metrics"]["classes"][1]
+    for entry in (dogs, exits):
+        assert f"{entry['found']} ({100 * entry['recall']:.1f} %)" in page
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report.metrics_table(data), report.calibrated_table(data), report.calibrated_sentence(judged, 1e6))
+    for text in (f"{100 * original['balanced_accuracy']:.2f} %", f"{100 * judged['steps'][0]['worse']:.2f} %"):
+        assert text in console.file.getvalue() and text in page
+    assert "recall of <dog> >= 70 %: met on" in console.file.getvalue().replace("\n", " ")
+    lines = {str(line.get_label()): line.get_xydata() for line in report.draw_accuracy(data).axes[0].lines}
+    expected = [[judged["macs"] / 1e4, 100 * judged["metrics"]["accuracy"]]]
+    np.testing.assert_allclose(lines["early exit, as calibrated"], expected)
 
 
 def test_tensors_numpy_and_nan_become_json(tmp_path):

@@ -6,7 +6,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +20,11 @@ from ..nested.net import NestedNet
 from ..runtimes.clock import StepClock
 from .emit import SCORES, emit_steps
 from .exact import ExactSubnet
-from .exit import ExitRule, as_rule, stop_now
+from .exit import ExitRule, as_decision, wide
 from .export import export_engine
 from .files import pack_engine, read_engine, save_engine, unpack_engine
 from .fuse import fuse
+from .pictures import prepared
 from .plan import Plan, batch_axes
 from .program_set import ProgramSet
 from .session import Session
@@ -36,11 +37,13 @@ class Prediction:
     """Answer of `Engine.predict`.
 
     Attributes:
-        logits: class scores (B, classes) of the largest subnet that ran for each sample.
+        logits: class scores (B, classes) of the largest subnet that ran for each sample; with `until="calibrated"` the
+            answer that the net's temperatures make of them, whose softmax is calibrated.
         subnet: LongTensor (B,), that subnet.
         macs: LongTensor (B,), MACs executed for each sample.
         seconds: wall-clock time of the call.
         in_time: whether a deadline, if there was one, was met.
+        class_names: of all classes, where the net knows them.
     """
 
     logits: Tensor
@@ -48,11 +51,23 @@ class Prediction:
     macs: Tensor
     seconds: float
     in_time: bool
+    class_names: Sequence[str] | None = None
 
     @property
     def classes(self) -> Tensor:
         """LongTensor (B,), class of largest score."""
         return self.logits.argmax(-1)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of `classes`; their numbers where the net has no names."""
+        names = self.class_names
+        return [str(k) if names is None else names[k] for k in self.classes.tolist()]
+
+    @property
+    def confidence(self) -> Tensor:
+        """Floats (B,), the largest softmax probability."""
+        return wide(self.logits).softmax(-1).amax(-1)
 
 
 @dataclass
@@ -130,25 +145,26 @@ class Engine(ProgramSet):
             torch.cuda.synchronize(self.device)
 
     def predict(
-        self, x: Tensor, until: ExitRule | Mapping[str, float] | None = None, deadline: float | None = None
+        self, x: Tensor, until: ExitRule | Mapping[str, float] | str | None = None, deadline: float | None = None
     ) -> Prediction:
         """Step up until a rule on the scores says stop, for each sample on its own, or until time runs out.
 
         Args:
             x: images (B, C, H, W).
-            until: see `exit.as_rule`; without it all samples step to the last subnet.
+            until: see `exit.as_decision`: a rule, `{"max_prob": 0.9}`, or "calibrated" for the temperatures and
+                thresholds that the net holds (`metadata.exit`); without it all samples step to the last subnet.
             deadline: seconds from now. Subnet 1 always runs; a further step only if the step times measured
                 so far say that it ends in time, or, rarely, to measure it again (`runtimes.clock.StepClock` says how
                 rarely, and what that guarantees).
         """
         began = time.perf_counter()
-        rule, limit = as_rule(until), _checked_deadline(deadline)
+        decision, limit = as_decision(until, self.metadata.exit), _checked_deadline(deadline)
         session = self.start(x, borrow=True)
-        logits, subnet = session.logits.clone(), torch.ones(len(x), dtype=torch.long)
+        logits, subnet = decision.answer(session.history).clone(), torch.ones(len(x), dtype=torch.long)
         active = torch.arange(len(x))
         while session.subnet < self.num_subnets:
-            if rule is not None:
-                going = ~stop_now(rule, session.logits)
+            if decision.may_stop:
+                going = ~decision.stop(session.history)
                 if not bool(going.any()):
                     break
                 session.keep(going)
@@ -156,11 +172,30 @@ class Engine(ProgramSet):
             left = limit - (time.perf_counter() - began)
             if not self.clock.allows(session.subnet + 1, len(active), left, session.subnet):
                 break
-            logits[active.to(logits.device)] = session.step()
+            session.step()
+            logits[active.to(logits.device)] = decision.answer(session.history)
             subnet[active] = session.subnet
         seconds = time.perf_counter() - began
         macs = torch.tensor([0, *self.macs])[subnet]
-        return Prediction(logits, subnet, macs, seconds, seconds <= limit)
+        return Prediction(logits, subnet, macs, seconds, seconds <= limit, self.metadata.classes)
+
+    def preprocess(self, pictures: Any) -> Tensor:
+        """Pictures as the net was evaluated with: same mode, resize, crop and normalisation.
+
+        Args:
+            pictures: a PIL image, the path of a picture, or a sequence of them.
+
+        Returns:
+            Tensor (B, C, H, W) of the engine's type, on its device.
+
+        Raises:
+            SteppingError: the net does not say how (`metadata.preprocessing`), or a file is no picture.
+        """
+        several = isinstance(pictures, Sequence) and not isinstance(pictures, str)
+        images = [prepared(p, self.metadata.preprocessing) for p in (pictures if several else [pictures])]
+        if not images:
+            raise SteppingError(explain("no picture", where="preprocess", expected="one, or several"))
+        return torch.stack(images).to(self.device, self.dtype)
 
     def calibrate(self, batch_size: int = 1, repeats: int = 5) -> list[float]:
         """Measure every step at a batch size; returns the median seconds per step.
@@ -264,7 +299,7 @@ def _step_programs(net: NestedNet, levels: Tensor, n: int) -> ProgramSet:
     macs = [sum(p.macs for p in programs[: k + 1]) for k in range(len(programs))]
     found = batch_axes(plan.program)
     axes = {name: found[node] for name, node in sources.items()}
-    return ProgramSet(programs, macs, tuple(net.analysis.image_size), dtype, plan.device, axes)
+    return ProgramSet(programs, macs, tuple(net.analysis.image_size), dtype, plan.device, axes, net.metadata)
 
 
 def load_engine(

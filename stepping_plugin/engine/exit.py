@@ -7,15 +7,17 @@ never satisfy a shipped rule, so such a sample steps to the last subnet without 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SteppingError, explain, nearest
+from ..files.calibrated import calibrated_answers, threshold_table
+from ..files.metadata import CalibratedExit
 
-__all__ = ["ExitRule", "as_rule", "entropy", "margin", "max_probability", "stop_now", "wide"]
+__all__ = ["Decision", "ExitRule", "as_decision", "as_rule", "entropy", "margin", "max_probability", "stop_now", "wide"]
 
 ExitRule = Callable[[Tensor], Tensor]
 
@@ -75,6 +77,68 @@ def as_rule(until: Any) -> ExitRule | None:
             raise SteppingError(explain(f"unknown rule {name!r}", where="until", action=nearest(name, _RULES)))
     rules = [_RULES[name](threshold) for name, threshold in until.items()]
     return lambda scores: torch.stack([rule(scores) for rule in rules]).any(0)
+
+
+class Decision:
+    """What `predict` asks after every step: what is the answer, and is it good enough.
+
+    Args:
+        rule: of the scores of the last subnet that ran; None: never stop.
+    """
+
+    def __init__(self, rule: ExitRule | None) -> None:
+        self.rule = rule
+
+    @property
+    def may_stop(self) -> bool:
+        return self.rule is not None
+
+    def answer(self, history: Sequence[Tensor]) -> Tensor:
+        """Scores (B, classes) to answer by, from those of subnets 1..i."""
+        return history[-1]
+
+    def stop(self, history: Sequence[Tensor]) -> Tensor:
+        """BoolTensor (B,): whose answer is good enough."""
+        assert self.rule is not None
+        return stop_now(self.rule, history[-1])
+
+
+class _Calibrated(Decision):
+    """By the temperatures and thresholds of a net."""
+
+    def __init__(self, chosen: CalibratedExit) -> None:
+        self.chosen = chosen
+
+    @property
+    def may_stop(self) -> bool:
+        return True
+
+    def answer(self, history: Sequence[Tensor]) -> Tensor:
+        return calibrated_answers(torch.stack([wide(scores) for scores in history]), self.chosen)[-1]
+
+    def stop(self, history: Sequence[Tensor]) -> Tensor:
+        answer = self.answer(history)
+        thresholds = threshold_table(self.chosen.thresholds, answer.shape[-1])[len(history) - 1].to(answer)
+        confidence, given = answer.softmax(-1).max(-1)
+        return confidence >= thresholds[given]
+
+
+def as_decision(until: Any, chosen: CalibratedExit | None) -> Decision:
+    """From what `predict(until=...)` accepts: as `as_rule`, and "calibrated" for what a net holds.
+
+    Raises:
+        SteppingError: something else, or a net that holds nothing.
+    """
+    if not isinstance(until, str):
+        return Decision(as_rule(until))
+    if until != "calibrated":
+        raise SteppingError(explain("not a rule to stop by", where="until", got=until, expected="'calibrated'"))
+    if chosen is None:
+        raise SteppingError(
+            "until='calibrated': this net holds no temperatures and thresholds. Choose them with `stepping thresholds "
+            "RUN --target ...` or net.choose_exit(loader, ...), and deploy the net again."
+        )
+    return _Calibrated(chosen)
 
 
 def stop_now(rule: ExitRule, scores: Tensor) -> Tensor:

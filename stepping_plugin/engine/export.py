@@ -34,6 +34,7 @@ _ARCHIVES: dict[str, tuple[Callable[..., None], str, Callable[[], None]]] = {
 }
 FORMATS = ("torch", "onnx", "aoti", "executorch")
 WEIGHTS = "weights.bin"
+RUNNER = "run.py"
 _TRACED_BATCH = 3  # 0 and 1 are special to the tracer; no axis that is not the batch should be taken for it
 
 
@@ -66,6 +67,8 @@ def export_engine(
         of several), macs, inputs and outputs in order (cache, shape, dtype and, for ONNX, name; `outer` where an axis
         holds k * batch rows: sample b has the rows (o * batch + b) * inner + i, o < outer) and the caches to drop
         afterwards. "image" is the batch of images, "scores" the class scores; pass every other cache on as it is.
+        Further, where the net knows them (else null), classes (names), preprocessing, exit and provenance, see
+        `files.metadata`. Beside ONNX files, run.py carries all that out with onnxruntime, numpy and Pillow alone.
 
     Raises:
         SteppingError: unknown format, packages or a compiler missing, or a step that the format cannot express.
@@ -106,7 +109,11 @@ def export_engine(
         **({"quantised": "int8"} if calibration is not None else {}),
         "steps": steps,
         "versions": {"torch": torch.__version__},
+        **engine.metadata.model_dump(),
     }
+    if format == "onnx":
+        source = Path(__file__).with_name("standalone.py").read_text(encoding="utf-8")
+        _atomically(folder / RUNNER, lambda path: path.write_text(source, encoding="utf-8"))
     text = json.dumps(manifest, indent=2) + "\n"
     _atomically(folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
     return manifest

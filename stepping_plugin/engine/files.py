@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from ..errors import CheckpointError, SteppingError
 from ..files.graphs import DAMAGE, checked, decode, decode_call, encode, encode_call, plain_name, read_dtype
 from ..files.headers import EngineHeader, Probe, validated
+from ..files.metadata import Metadata
 from ..files.probe import compare_scores, probe_images, quiet
 from ..graph.describe import draws
 from ..graph.device import usable_device
@@ -66,6 +67,7 @@ def save_engine(engine: ProgramSet, path: str | os.PathLike[str]) -> None:
         "programs": programs,
         "versions": {"torch": torch.__version__},
         "probe": _PROBE.model_dump() if scores is not None else None,
+        "metadata": engine.metadata.model_dump(),
     }
     try:
         validated(EngineHeader, header, path)
@@ -137,6 +139,7 @@ def read_engine(path: str | os.PathLike[str], device: str | torch.device | None 
             read_dtype(header.dtype),
             device,
             {name: None if axis is None else BatchAxis(*axis) for name, axis in header.cache_axes.items()},
+            header.metadata or Metadata(),
         )
         _check_caches(engine)
         _check_tensors(header, tensors)
@@ -159,6 +162,9 @@ def _check_scores(engine: ProgramSet, header: EngineHeader, tensors: Mapping[str
     """Run all steps once: whatever a file asks for that cannot run is found here and not in a session."""
     random = any(draws(program.module.graph) for program in engine.programs)
     scores = _probe_scores(engine, header.probe or _PROBE)
+    classes = None if scores is None else scores.shape[-1]
+    if problem := engine.metadata.problem(engine.image_size, engine.num_subnets, classes):
+        raise CheckpointError(f"damaged: {problem}.")
     runs_everywhere = engine.dtype in (torch.float32, torch.float64)
     if scores is None and not random and (header.probe is not None or runs_everywhere):
         raise ValueError("its steps cannot run, or give scores that are no numbers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,30 @@ def require_onnx(*further: str) -> None:
 def write_onnx(captured: torch.export.ExportedProgram, program: StepProgram, path: Path) -> None:
     """Write one step."""
     try:
-        torch.onnx.export(
+        made = torch.onnx.export(
             captured,
             (),
-            str(path),
             input_names=list(program.inputs),
             output_names=[name + NEW for name in program.outputs],
             dynamo=True,
             external_data=False,
             verbose=False,
         )
+        assert made is not None
+        path.write_bytes(_with_named_batch(made.model_proto).SerializeToString())
     except Exception as error:  # the exporter has no common class of errors
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SteppingError(f"export: step {program.level} has no ONNX form: {reason}. Use format='torch'.") from error
+
+
+def _with_named_batch(model: Any) -> Any:
+    """The one symbolic size, s and a number by torch's naming, is the batch."""
+    graph = model.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.dim_param = re.sub(r"\bs\d+\b", "batch", dim.dim_param)
+    return model
 
 
 def share_weights(files: Sequence[Path], weights: Path, name: str) -> None:

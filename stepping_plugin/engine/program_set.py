@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from ..files.metadata import Metadata
 from .emit import StepProgram
 from .plan import BatchAxis
 
@@ -24,6 +25,7 @@ class ProgramSet:
         image_size: (C, H, W).
         dtype, device: of images and scores.
         cache_axes: where the samples are, per cache name; None where a cache does not depend on the batch.
+        metadata: classes, preprocessing, calibrated exit and provenance, as far as they are known.
     """
 
     programs: list[StepProgram]
@@ -32,6 +34,7 @@ class ProgramSet:
     dtype: torch.dtype
     device: torch.device
     cache_axes: dict[str, BatchAxis | None]
+    metadata: Metadata = field(default_factory=Metadata)
 
     @property
     def num_subnets(self) -> int:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import CheckpointError
+from .metadata import Metadata
 
 __all__ = [
     "Contribution", "EngineHeader", "NetHeader", "Probe", "ProgramText", "StoredAnalysis", "is_harmless", "mode_name",
@@ -115,6 +116,7 @@ class NetHeader(_Strict):
     probe: Probe | None = None
     contribution: Contribution | None = None
     analysis: StoredAnalysis | None = None
+    metadata: Metadata | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> NetHeader:
@@ -128,6 +130,7 @@ class NetHeader(_Strict):
             values = getattr(self, name)
             if any(b < a for a, b in itertools.pairwise(values)):
                 raise ValueError(f"{name}: they do not ascend")
+        _check_metadata(self.metadata, self.image_size, len(self.macs))
         if self.version == 1:
             if (self.dtype, self.programs, self.probe) != (None, None, None):
                 raise ValueError("version 1 has no dtype, programs or probe")
@@ -151,6 +154,7 @@ class EngineHeader(_Strict):
     programs: list[dict[str, Any]]
     versions: dict[str, str]
     probe: Probe | None = None
+    metadata: Metadata | None = None
 
     @field_validator("image_size")
     @classmethod
@@ -158,6 +162,17 @@ class EngineHeader(_Strict):
         if math.prod(size) > _PIXELS:
             raise ValueError(f"larger than {_PIXELS:,} numbers")
         return size
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> EngineHeader:
+        _check_metadata(self.metadata, self.image_size, len(self.macs))
+        return self
+
+
+def _check_metadata(metadata: Metadata | None, image_size: list[int], subnets: int) -> None:
+    problem = metadata and metadata.problem(tuple(image_size), subnets, None)
+    if problem:
+        raise ValueError(f"metadata: {problem}")
 
 
 def mode_name(training: bool) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import SteppingError, explain
 from ..files.headers import Contribution
+from ..files.metadata import Metadata
 from ..units.analysis import Analysis, restrict
 from ..units.macs import MacModel
 from .module import NestedModule, sliced_copy
@@ -64,6 +65,7 @@ class NestedNet(NestedModule):
         self.lineage = [c.clone() for c in lineage]
         self.notes: list[str] = []
         self.completion: Callable[[], Analysis] | None = None  # of a net loaded for inference, see `complete`
+        self._metadata = Metadata()
         self.contribution: Contribution | None = None  # measured last; see `SteppingNet.measure`
         self._active = len(self.budgets)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -71,6 +73,24 @@ class NestedNet(NestedModule):
         self.set_levels(levels)
         self.register_load_state_dict_pre_hook(_check_before_loading)
         self.register_load_state_dict_post_hook(_refresh_after_loading)
+
+    @property
+    def metadata(self) -> Metadata:
+        """What files say besides the function: names of classes, preprocessing, early exit, provenance."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, metadata: Metadata) -> None:
+        given: object = metadata
+        if not isinstance(given, Metadata):
+            got = type(given).__name__
+            raise SteppingError(explain("wrong type", where="metadata", got=got, expected="files.metadata.Metadata"))
+        shape = next(iter(self.analysis.programs.values())).output.meta["shape"]
+        classes = int(shape[1]) if len(shape) == 2 else None
+        problem = metadata.problem(self.analysis.image_size, self.num_subnets, classes)
+        if problem:
+            raise SteppingError(explain(problem, where="metadata"))
+        self._metadata = metadata
 
     # ------------------------------------------------------------------------------------------ structure
 
@@ -103,7 +123,7 @@ class NestedNet(NestedModule):
         """
         levels = check_levels(levels, self.analysis, self.num_subnets)
         self.unit_levels.copy_(levels)
-        self.contribution = None
+        self.contribution, self._metadata = None, self._metadata.updated(exit=None)
         self.refresh(levels)
 
     def take(self, assigned: Assigned) -> None:
@@ -124,7 +144,7 @@ class NestedNet(NestedModule):
         lineage = [*self.lineage, kept.long()]
         levels = self.levels[kept]
         net = type(self)(model, analysis, levels, self.budgets, self.reference_macs, self.origin, lineage)
-        net.notes = list(self.notes)
+        net.notes, net.metadata = list(self.notes), self.metadata
         return net.train(self.training)
 
     @property

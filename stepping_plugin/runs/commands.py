@@ -29,7 +29,7 @@ def add_run(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from .pipeline import Run
     from .recipe import load_recipe
-    from .report import exit_table, results_table
+    from .report import calibrated_sentence, exit_table, metrics_table, results_table
 
     say = _speaker()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -41,9 +41,13 @@ def _run(arguments: argparse.Namespace) -> int:
         print(_stopped(run.stage, folder, arguments), file=sys.stderr)
         raise
     say(results_table(data))
+    say(metrics_table(data))
     for note in data["notes"]:
         say(note)
-    say(exit_table(data))
+    if data["early_exit"]:
+        say(exit_table(data))
+    if "calibrated_exit" in data:
+        say(calibrated_sentence(data["calibrated_exit"], data["original"]["macs"]))
     say(f"report: {folder / 'index.html'}   net: {folder / 'net.safetensors'}")
     return 0
 

@@ -6,20 +6,16 @@ on average: thresholds are chosen on held-out data, for a row of average MACs, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..console.progress import track
-from ..engine.engine import Engine
-from ..engine.exit import wide
-from ..errors import SteppingError, explain
+from ..training.predictions import Predictions
 
-__all__ = ["Answers", "answers_of", "early_exit_curve"]
+__all__ = ["Answers", "early_exit_curve"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,10 @@ class Answers:
     confidence: Tensor
     correct: Tensor
 
-    def __getitem__(self, samples: slice) -> Answers:
-        return Answers(self.confidence[:, samples], self.correct[:, samples])
+    @classmethod
+    def of(cls, found: Predictions) -> Answers:
+        """From class scores."""
+        return cls(found.scores.softmax(-1).amax(-1), found.scores.argmax(-1) == found.labels)
 
     def exits(self, threshold: float) -> Tensor:
         """The subnet, 0..N-1, at which every sample stops by `max_prob`: LongTensor (S,)."""
@@ -45,23 +43,6 @@ class Answers:
 
     def average_macs(self, threshold: float, macs: Tensor) -> float:
         return macs[self.exits(threshold)].mean().item()
-
-
-def answers_of(engine: Engine, loader: Iterable[tuple[Tensor, Tensor]]) -> Answers:
-    """Step up all samples of a loader; in a distributed run, those of all processes.
-
-    Raises:
-        SteppingError: no batch.
-    """
-    confidence, correct = [], []
-    for images, labels in track(loader, "early exit"):
-        scores = torch.stack(list(engine.steps(images.to(engine.device, engine.dtype)))).cpu()
-        confidence.append(wide(scores).softmax(-1).amax(-1))
-        correct.append(scores.argmax(-1) == labels.cpu())
-    if not confidence:
-        raise SteppingError(explain("no samples to step up", where="loader", expected="batches of (images, labels)"))
-    shares = gather_object([Answers(torch.cat(confidence, 1), torch.cat(correct, 1))])
-    return Answers(torch.cat([s.confidence for s in shares], 1), torch.cat([s.correct for s in shares], 1))
 
 
 def early_exit_curve(held_out: Answers, test: Answers, macs: Sequence[int], points: int = 9) -> list[dict[str, Any]]:

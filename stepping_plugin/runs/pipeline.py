@@ -38,11 +38,12 @@ from ..training.loop import TrainConfig, fit
 from ..training.losses import SubnetLoss
 from ..verify import verify
 from ..views.contribution import idle_levels
-from .early_exit import answers_of, early_exit_curve
+from .figures import calibrated_exit, check_exit, collected
 from .folder import first_to_do, opened_folder
 from .judgement import answers_to, doubts
 from .outcome import report_data
 from .parts import Parts
+from .provenance import described
 from .recipe_schema import Recipe
 from .report import write_report
 from .resume import resume_construction
@@ -134,7 +135,7 @@ class Run(Parts):
         after, labels = answers_to(net, self.loader("test", 256))
         net.notes += self._warn(doubts(after, labels, shares, reference))
         accuracies = {name: _accuracies(answers, labels) for name, answers in (("before", before), ("after", after))}
-        return self._finish(net, accuracies, reference)
+        return self._finish(net, original, accuracies, reference)
 
     def _warn(self, texts: list[str]) -> list[str]:
         """Tell at once, and keep for the report."""
@@ -158,6 +159,7 @@ class Run(Parts):
             usable_device(recipe.device)
         for section in (recipe.train, recipe.retrain):
             criterion_options(section)
+        check_exit(recipe, self.data)
         for key, path in self.inputs.items():
             if not path.is_file():
                 raise SteppingError(explain("no such file", where=key, got=str(path), action="Check the path."))
@@ -302,14 +304,18 @@ class Run(Parts):
         self.history["retraining"] = log.epochs
         return net
 
-    def _finish(self, net: SteppingNet, accuracies: dict[str, list[float]], reference: float | None) -> dict[str, Any]:
+    def _finish(
+        self,
+        net: SteppingNet,
+        original: nn.Module | None,
+        accuracies: dict[str, list[float]],
+        reference: float | None,
+    ) -> dict[str, Any]:
         self.timed("contribution", self.measure, net)
-        curve = self.timed("early exit", self.early_exit, net)
+        found = self.timed("evaluation", self.judge, net, original)
         proof = self.timed("verification", verify, net.cpu())
         data = report_data(self.recipe, net, accuracies, reference)
-        data.update(
-            warnings=self.warnings, early_exit=curve, verify=vars(proof), seconds=self.seconds, history=self.history
-        )
+        data.update(**found, warnings=self.warnings, verify=vars(proof), seconds=self.seconds, history=self.history)
         data["notes"] = [*net.notes, *self.data.notes()]
         if self.main:
             net.save(self.folder / "net.safetensors")
@@ -321,19 +327,19 @@ class Run(Parts):
         batches = itertools.islice(self.data.loader("val", 256, seed=0, rank=0, world=1), 4)
         net.notes += self._warn(idle_levels(net.measure(images for images, _ in batches)))
 
-    def early_exit(self, net: SteppingNet) -> dict[str, Any]:
-        """Accuracy against average MACs of `engine.predict(until={"max_prob": ...})`, see `runs.early_exit`.
-
-        Where nothing is held out for validation, every second test image is, for this purpose.
-        """
-        engine = net.eval().deploy()
-        test = answers_of(engine, self.loader("test", 256))
-        if self.data.val is self.data.test:
-            held_out, test, where = test[::2], test[1::2], "every other test image"
-        else:
-            held_out, where = answers_of(engine, self.loader("val", 256)), "the validation split"
-        points = early_exit_curve(held_out, test, engine.macs)
-        return {"rule": "max_prob", "thresholds_from": where, "points": points}
+    def judge(self, net: SteppingNet, original: nn.Module | None) -> dict[str, Any]:
+        """Metrics, early-exit curve and calibrated exit, see `runs.figures`; the last is kept in the net."""
+        engine, wanted = net.eval().deploy(), self.recipe.early_exit
+        figures = collected(self, engine, original)
+        found: dict[str, Any] = {"metrics": figures.metrics(), "early_exit": figures.curve(engine.macs)}
+        net.metadata = described(self.recipe, self.data, figures.classes, self.tell)
+        if wanted.target is not None and not figures.all.multi_label:
+            choice, found["calibrated_exit"] = calibrated_exit(
+                figures, engine, wanted.target, net.reference_macs, per_class=wanted.per_class, combine=wanted.combine
+            )
+            net.metadata = net.metadata.updated(exit=choice.rule)
+            self.tell(f"early exit: {choice.sentence()}")
+        return found
 
     def _track(self, record: dict[str, Any]) -> None:
         if self.trackers is None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from stepping_plugin.errors import nearest
+from stepping_plugin.errors import SteppingError, nearest
 from stepping_plugin.runs.recipe_data import (
     BATCH,
     EPOCHS,
@@ -30,6 +30,7 @@ from stepping_plugin.runs.recipe_data import (
     key,
 )
 from stepping_plugin.training.criteria import CRITERIA
+from stepping_plugin.training.targets import parse_target
 from stepping_plugin.units.levels import BUDGET_TEXT, SUFFIX
 
 __all__ = [
@@ -283,6 +284,34 @@ class Retrain(Train):
         return teacher
 
 
+class EarlyExit(Section):
+    """Temperatures and thresholds, chosen on validation pictures, kept in the net: `predict(until="calibrated")`."""
+
+    target: str | None = key(
+        "accuracy >= 99 % of the largest subnet",
+        "what to reach with the fewest MACs, or at what cost; `stepping thresholds --help` has all forms; null: none",
+        max_length=500,
+    )
+    per_class: bool = key(False, "thresholds for every class that a subnet answers, where they pay")
+    combine: Literal["last", "product"] = key("last", "the answer: the last subnet's, or the product of those so far")
+
+    @field_validator("target")
+    @classmethod
+    def _readable(cls, target: str | None) -> str | None:
+        try:
+            return target and parse_target(target).text
+        except SteppingError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("per_class", "combine")
+    @classmethod
+    def _belongs_to_a_target(cls, value: Any, info: ValidationInfo) -> Any:
+        default = cls.model_fields[str(info.field_name)].default
+        if "target" in info.data and info.data["target"] is None and value != default:
+            raise ValueError("has no effect with target: null")
+        return value
+
+
 class Recipe(Section):
     """One run, from the data to the report. Paths are relative to the current folder."""
 
@@ -297,6 +326,7 @@ class Recipe(Section):
     train: Train = key(Train(), "training of the original", validate_default=True)
     construction: Construction = key(Construction(), "how the subnets are found")
     retrain: Retrain = key(Retrain(), "training of the subnets")
+    early_exit: EarlyExit = key(EarlyExit(), "when to stop stepping")
     output: str | None = key(
         None, "folder of the results; null: runs/NAME-OF-THE-RECIPE", min_length=1, max_length=4096
     )

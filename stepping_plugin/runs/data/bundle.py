@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -31,6 +32,7 @@ class DataBundle:
         train_labels: of the training pictures, int64; None: only opening the pictures would tell.
         balanced: batches of training pictures hold every class equally often.
         warnings: what the recipe may not want, in sentences.
+        to_bytes: made the bytes of a folder in memory from opened pictures; None: they were taken as they are.
         left_out: pictures that could not be read so far, of all parts.
     """
 
@@ -47,6 +49,7 @@ class DataBundle:
     train_labels: Tensor | None = None
     balanced: bool = False
     warnings: tuple[str, ...] = ()
+    to_bytes: Callable[[Any], Tensor] | None = None
     left_out: LeftOut = field(default_factory=lambda: LeftOut(lambda text: None))
 
     @property

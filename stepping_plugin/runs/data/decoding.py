@@ -57,7 +57,8 @@ def decoded(
         choosing = _decode("validation", val, convert, size, cfg, left_out)
     statistics = (cut["mean"], cut["std"]) if model_name else None
     warnings = tuple(crop_warnings(cfg, cut, parts[0], random=False)) if cfg.img_size else ()
-    known = {"classes": parts[0].classes, "left_out": left_out, "warnings": warnings}
+    to_bytes = convert if cfg.img_size else None
+    known = {"to_bytes": to_bytes, "classes": parts[0].classes, "left_out": left_out, "warnings": warnings}
     return in_memory(cfg.model_copy(update={"img_size": None}), (pictures, choosing, measured), statistics, **known)
 
 
