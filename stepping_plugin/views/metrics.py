@@ -17,8 +17,9 @@ MOST_ROWS = 20  # of a table by class
 
 
 def metrics_titles(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Titles of the metrics that any of the nets has, by key."""
-    return {key: title for key, title in _TITLES.items() if any(m.get(key) is not None for m in found)}
+    """Titles of the metrics that any of the nets has, by key. Balanced accuracy is the mean recall: shown once."""
+    known = {key: title for key, title in _TITLES.items() if any(m.get(key) is not None for m in found)}
+    return {key: title for key, title in known.items() if key != "recall" or "balanced_accuracy" not in known}
 
 
 def metrics_values(metrics: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:

@@ -101,9 +101,9 @@ def _metrics(data: Mapping[str, Any]) -> str:
     rows = [[name, *metrics_values(m, titles)] for name, m in zip(names, found)]
     pictures = data["metrics"]["pictures"]
     note = (
-        f'<p class="note">On {pictures:,} test pictures. Balanced: balanced accuracy. Precision, recall and F1 are '
-        "means over classes (macro), AUC is that of each class against all others, mAP the mean average precision, ECE "
-        "the expected calibration error (15 bins)."
+        f'<p class="note">On {pictures:,} test pictures. Balanced: balanced accuracy, the mean recall. Precision '
+        "and F1 are means over classes (macro), AUC is that of each class against all others, mAP the mean average "
+        "precision, ECE the expected calibration error (15 bins)."
         f"{_exit_note(data, found)}</p>"
     )
     table = _html_table(["network", *titles.values()], rows)
