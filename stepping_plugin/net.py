@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +21,7 @@ from .graph.device import on_cpu_by_default
 from .nested.net import NestedNet
 from .nested.subnet import Subnet
 from .reconstruction.reconstruct import Reconstruction, reconstruct
-from .serialization import pack_net, read_net, unpack_net, write_net
+from .serialization import read_net, write_net
 from .training.exits import ExitChoice, choose_exit
 from .training.loop import History, fit
 from .training.metrics import Metrics, metrics_of
@@ -129,12 +131,8 @@ class SteppingNet(NestedNet):
         write_net(self, path)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """pickle, `torch.save` and new processes take the net through its file, see `serialization.pack_net`."""
-        return _unpack, pack_net(self)
-
-
-def _unpack(content: bytes, state: dict[str, Any]) -> SteppingNet:
-    return unpack_net(content, state, SteppingNet)
+        """pickle, `torch.save` and new processes take the net through its file, and with what a file does not hold."""
+        return _unpack, _pack(self)
 
 
 def load(
@@ -157,3 +155,36 @@ def load(
     """
     with on_cpu_by_default(), stage(f"loading {os.fspath(path)}"):
         return read_net(path, SteppingNet, model, device)
+
+
+def _pack(net: SteppingNet) -> tuple[bytes, dict[str, Any]]:
+    """A net as the bytes of its file, and what a file does not hold: for pickle.
+
+    Raises:
+        SteppingError: a pickle could not be read without the model.
+    """
+    if not net.origin.get("timm"):
+        raise SteppingError(
+            f"A net made from {net.origin.get('class', 'a model of your own')} cannot be pickled: that would need the "
+            "model's code. Call net.save(path), and stepping_plugin.load(path, model=...) where the net is needed."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "net")
+        write_net(net, path)
+        content = path.read_bytes()
+    frozen = [name for name, p in net.model.named_parameters() if not p.requires_grad]
+    device = str(next((p.device for p in net.model.parameters()), "cpu"))
+    return content, {"training": net.training, "active": net.active_subnet, "frozen": frozen, "device": device}
+
+
+def _unpack(content: bytes, state: Mapping[str, Any]) -> SteppingNet:
+    """What `_pack` took apart. Pickles of earlier releases name this function, too."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "net")
+        path.write_bytes(content)
+        net = read_net(path, SteppingNet, device=state["device"])
+    named = dict(net.model.named_parameters())
+    for name in state["frozen"]:
+        named[name].requires_grad_(False)
+    net.active_subnet = state["active"]
+    return net.train(state["training"])

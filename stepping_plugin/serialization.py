@@ -15,10 +15,8 @@ experiment decides, and the net says so in its notes.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
@@ -44,7 +42,7 @@ from .units.macs import MacModel
 from .units.stored import code_of, pack_analysis, unpack_analysis
 from .units.witness import find_units
 
-__all__ = ["pack_net", "read_net", "unpack_net", "write_net"]
+__all__ = ["read_net", "write_net"]
 
 VERSION = 3  # 1: no checksums, no programs, no probe; 2: no analysis
 NetT = TypeVar("NetT", bound=NestedNet)
@@ -417,39 +415,3 @@ def _check_type(name: str, tensor: Tensor, stored: Tensor, path: object) -> None
     what = "a tensor of a wrong type"
     got, expected = _plain(stored.dtype), _plain(tensor.dtype)
     raise CheckpointError(explain(what, where=f"{path}: {name}", got=got, expected=expected))
-
-
-# ------------------------------------------------------------------------------------------------- pickle
-
-
-def pack_net(net: NestedNet) -> tuple[bytes, dict[str, Any]]:
-    """A net as the bytes of its file, and what a file does not hold: for pickle.
-
-    Raises:
-        SteppingError: a pickle could not be read without the model.
-    """
-    if not net.origin.get("timm"):
-        raise SteppingError(
-            f"A net made from {net.origin.get('class', 'a model of your own')} cannot be pickled: that would need the "
-            "model's code. Call net.save(path), and stepping_plugin.load(path, model=...) where the net is needed."
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "net")
-        write_net(net, path)
-        content = path.read_bytes()
-    frozen = [name for name, p in net.model.named_parameters() if not p.requires_grad]
-    device = str(next((p.device for p in net.model.parameters()), "cpu"))
-    return content, {"training": net.training, "active": net.active_subnet, "frozen": frozen, "device": device}
-
-
-def unpack_net(content: bytes, state: Mapping[str, Any], kind: type[NetT]) -> NetT:
-    """What `pack_net` took apart."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "net")
-        path.write_bytes(content)
-        net = read_net(path, kind, device=state["device"])
-    named = dict(net.model.named_parameters())
-    for name in state["frozen"]:
-        named[name].requires_grad_(False)
-    net.active_subnet = state["active"]
-    return net.train(state["training"])
