@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from .errors import CaptureError, CheckpointError, SteppingError, explain
 from .files.graphs import DAMAGE
 from .files.headers import NetHeader, Probe, mode_name, validated
-from .files.metadata import Metadata
 from .files.origin import candidates, same_names
 from .files.probe import compare_scores, probe_images, quiet
 from .files.zoo import find_net
@@ -65,13 +64,9 @@ def write_net(net: NestedNet, path: str | os.PathLike[str]) -> None:
     own = dict(_unique(net.model))
     broken = not_finite(own) or next((n for n, p in own.items() if _is_broken(p)), None)
     if broken:
-        raise SteppingError(
-            explain(
-                "the net is not saved: its weights are not finite numbers",
-                where=broken,
-                action="Training has diverged; go back to an earlier net or checkpoint.",
-            )
-        )
+        what = "the net is not saved: its weights are not finite numbers"
+        action = "Training has diverged; go back to an earlier net or checkpoint."
+        raise SteppingError(explain(what, where=broken, action=action))
     tensors = {f"model.{name}": tensor for name, tensor in own.items()}
     tensors["levels"] = net.levels
     for k, copies in enumerate(net.lineage):
@@ -312,7 +307,7 @@ def _filled(kind: type[NetT], model: nn.Module, analysis: Analysis, file: _File,
     net.notes = list(header.notes)
     net.contribution = header.contribution
     try:
-        net.metadata = header.metadata or Metadata()
+        net.metadata = header.metadata
     except SteppingError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     _compare_scores(net, header, file.tensors, doubt, path)

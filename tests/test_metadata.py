@@ -192,7 +192,7 @@ def test_nets_and_engines_keep_it(finished, tmp_path):
 def test_metadata_of_files_are_checked(change, words):
     plain = {"format": "", "version": 3, "image_size": [3, 32, 32], "dtype": "float32", "macs": [1, 2, 3, 4],
              "cache_axes": {}, "programs": [], "versions": {}}  # fmt: skip
-    assert validated(EngineHeader, plain, "file").metadata is None, "older files lack it"
+    assert validated(EngineHeader, plain, "file").metadata == Metadata(), "older files lack it"
     with pytest.raises(CheckpointError, match=words):
         validated(EngineHeader, {**plain, "metadata": change}, "file")
 

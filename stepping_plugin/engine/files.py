@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 from ..errors import CheckpointError, SteppingError
 from ..files.graphs import DAMAGE, checked, decode, decode_call, encode, encode_call, plain_name, read_dtype
 from ..files.headers import EngineHeader, Probe, validated
-from ..files.metadata import Metadata
 from ..files.probe import compare_scores, probe_images, quiet
 from ..graph.describe import draws
 from ..graph.device import usable_device
@@ -139,7 +138,7 @@ def read_engine(path: str | os.PathLike[str], device: str | torch.device | None 
             read_dtype(header.dtype),
             device,
             {name: None if axis is None else BatchAxis(*axis) for name, axis in header.cache_axes.items()},
-            header.metadata or Metadata(),
+            header.metadata,
         )
         _check_caches(engine)
         _check_tensors(header, tensors)

@@ -116,7 +116,7 @@ class NetHeader(_Strict):
     probe: Probe | None = None
     contribution: Contribution | None = None
     analysis: StoredAnalysis | None = None
-    metadata: Metadata | None = None
+    metadata: Metadata = Metadata()
 
     @model_validator(mode="after")
     def _fits_together(self) -> NetHeader:
@@ -154,7 +154,7 @@ class EngineHeader(_Strict):
     programs: list[dict[str, Any]]
     versions: dict[str, str]
     probe: Probe | None = None
-    metadata: Metadata | None = None
+    metadata: Metadata = Metadata()
 
     @field_validator("image_size")
     @classmethod
@@ -169,8 +169,8 @@ class EngineHeader(_Strict):
         return self
 
 
-def _check_metadata(metadata: Metadata | None, image_size: list[int], subnets: int) -> None:
-    problem = metadata and metadata.problem(tuple(image_size), subnets, None)
+def _check_metadata(metadata: Metadata, image_size: list[int], subnets: int) -> None:
+    problem = metadata.problem(tuple(image_size), subnets, None)
     if problem:
         raise ValueError(f"metadata: {problem}")
 
