@@ -97,8 +97,8 @@ def choose_exit(
     names = _checked(held_out, target, classes, per_class, combine)
     answers = combined(held_out.scores, combine)
     temperatures = [fit_temperature(scores, held_out.labels) for scores in answers]
-    shares = (answers.double() / torch.tensor(temperatures)[:, None, None]).softmax(-1)
-    confidence, given = shares.max(-1)
+    best = [(z.double() / t).softmax(-1).max(-1) for z, t in zip(answers, temperatures)]  # one by one: they are large
+    confidence, given = torch.stack([b.values for b in best]), torch.stack([b.indices for b in best])
     weights = target.weights(held_out, names)
     value = weights * target.right(given, held_out, original)
     each = torch.tensor(costs, dtype=torch.float64)
@@ -203,7 +203,7 @@ def judge_exit(
         (`Metrics`).
     """
     rule, target, names = choice.rule, choice.target, named_classes(classes, test.scores.shape[-1])
-    answers = calibrated_answers(test.scores.double(), rule)
+    answers = calibrated_answers(test.scores, rule)
     confidence, given = answers.softmax(-1).max(-1)
     at = exits(confidence, given, threshold_table(rule.thresholds, len(names)))
     final = answers.gather(0, at[None, :, None].expand(1, *answers.shape[1:]))[0]
