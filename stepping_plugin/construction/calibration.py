@@ -25,6 +25,7 @@ CANDIDATES = {1: (47, 49), 2: (46, 50), 4: (44, 52), 8: (40, 56), 16: (48,)}  # 
 NEAR = 1.05  # times the best time per MAC: as good
 SIZE = 14  # pixels
 TURNS = 31
+MANY = 64  # images on an accelerator, which computes few of them in no more time than one
 
 
 class Calibration(NamedTuple):
@@ -49,17 +50,17 @@ def fixed_round_to(config: ConstructionConfig, place: nn.Module | torch.device) 
 
 
 @functools.cache
-def calibrate(runtime: str = "torch", device: str = "cpu", threads: int = 1, batch: int = 1) -> Calibration:
+def calibrate(runtime: str = "torch", device: str = "cpu", threads: int = 1) -> Calibration:
     """Time the candidates; one measurement per process, runtime, device and number of threads.
 
     Args:
         runtime: "torch", or "onnxruntime" (on the CPU).
         device: of torch.
         threads: of the runtime.
-        batch: images.
     """
     if runtime == "onnxruntime":
         require_onnxruntime("latency: onnxruntime")
+    batch = 1 if runtime == "onnxruntime" or torch.device(device).type == "cpu" else MANY
     widths = sorted({width for widths in CANDIDATES.values() for width in widths})
     runners = {
         width: conv_runner(_stack(width), batch, SIZE, threads)
@@ -93,8 +94,8 @@ def _torch_runner(layers: list[Conv], batch: int, device: torch.device) -> Calla
     def run() -> None:
         with torch.inference_mode():
             stack(x)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
 
     return run
 
