@@ -188,3 +188,22 @@ def test_javascript_equals_the_engine(exported):
     check_answer(**answer["answers"][-1], expected=engine.predict(x, deadline=0.0))
     assert answer["macs"] == engine.macs[-1]
     assert answer["allowed"] == [False] * 16 + [True] * 24, "deadlines cannot lock in"
+
+
+@pytest.mark.slow
+def test_cpp_equals_the_engine(exported, tmp_path):
+    root = os.environ.get("ONNXRUNTIME_ROOT")
+    if not root or shutil.which("cmake") is None:
+        pytest.skip("needs cmake, nlohmann-json, and $ONNXRUNTIME_ROOT, an unpacked release of onnxruntime")
+    engine, folder, x = exported
+    configure = ["cmake", "-S", HERE.parent / "examples" / "cpp", "-B", tmp_path, f"-DONNXRUNTIME_ROOT={root}"]
+    for command in (configure, ["cmake", "--build", tmp_path]):
+        subprocess.run(command, capture_output=True, check=True)
+    for until in [*rules(engine, x), {"deadline": 0.0}]:
+        named = [f"{name}={limit!r}" for name, limit in until.items()]
+        command = [tmp_path / "stepping", folder, folder / "images.bin", str(BATCH), *named]
+        answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        for scores, expected in zip(answer["scores"], engine.steps(x), strict=True):
+            assert near(np.reshape(scores, (BATCH, -1)), expected)
+        options = until if "deadline" in until else {"until": until or None}
+        check_answer(answer["logits"], answer["subnet"], answer["macs"], engine.predict(x, **options))
