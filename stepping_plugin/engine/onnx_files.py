@@ -76,6 +76,8 @@ def share_weights(files: Sequence[Path], weights: Path, name: str) -> None:
     with open(weights, "wb") as stream:
         for path in files:
             model = onnx.load(path)
+            for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer):
+                del part.metadata_props[:]  # the exporter's notes, larger than what is left of the graph
             for tensor in model.graph.initializer:
                 content = _bytes_of(tensor)
                 if len(content) < _SMALL:

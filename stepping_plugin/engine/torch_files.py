@@ -90,7 +90,9 @@ def write_aoti(captured: Captured, path: Path) -> None:
 def check_executorch() -> None:
     """Raise a SteppingError where executorch is not installed."""
     if importlib.util.find_spec("executorch") is None:
-        raise SteppingError("export: the format executorch needs executorch. Run: pip install executorch")
+        raise SteppingError(
+            'export: the format executorch needs executorch. Run: pip install "stepping-plugin[executorch]"'
+        )
 
 
 def write_executorch(captured: Captured, path: Path) -> None:
