@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepping_plugin.errors import SteppingError
 from stepping_plugin.integrations.fvcore import count_macs
-from stepping_plugin.studies.bench.engine import equal_levels
+from stepping_plugin.views.named import equal_levels
 from stepping_plugin.views.summary import human_macs
 
 LAYERS = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.bmm)  # sums of prefix norms are mm, addmm_
