@@ -16,6 +16,7 @@ __all__ = [
     "RecipeError",
     "SteppingError",
     "closest",
+    "expect",
     "explain",
     "image_shape_error",
     "nearest",
@@ -138,6 +139,18 @@ def explain(
     if action:
         text = f"{text.rstrip('.')}. {action}"
     return text
+
+
+def expect(value: object, kinds: type | tuple[type, ...], where: str, expected: str, action: str | None = None) -> None:
+    """Refuse an argument of another type.
+
+    Raises:
+        SteppingError: `value` is none of `kinds`.
+    """
+    if not isinstance(value, kinds):
+        raise SteppingError(
+            explain("wrong type", where=where, got=type(value).__name__, expected=expected, action=action)
+        )
 
 
 def image_shape_error(got: Sequence[int], image_size: Sequence[int]) -> SteppingError:

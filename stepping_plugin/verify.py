@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from .console.progress import track
 from .engine import compile_engine
-from .errors import NestingError
+from .errors import NestingError, expect
 from .graph.modes import ordinary_mode
 from .graph.program import is_static, random_operators
 from .nested.net import NestedNet
@@ -78,6 +78,7 @@ def verify(net: NestedNet, x: Tensor | None = None, *, engine: bool = True, seed
     Raises:
         NestingError: subnet i depends on a unit of a higher level; names the first layer where it shows.
     """
+    expect(net, NestedNet, "net", "a SteppingNet", "apply_steppingnet(model, budgets) makes one.")
     generator = torch.Generator().manual_seed(seed)
     exact = copy.deepcopy(net).double().eval()
     device = exact.unit_levels.device

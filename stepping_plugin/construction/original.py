@@ -9,8 +9,10 @@ from torch import nn
 
 from ..errors import CaptureError, SteppingError, explain
 from ..graph.images import image_size_of
-from ..graph.program import copy_model, random_operators
+from ..graph.program import copy_model, named_tensors, random_operators
 from ..integrations.fvcore import count_macs
+from ..nested.net import NestedNet
+from ..tensorfile import not_finite
 from ..units.analysis import Analysis
 
 __all__ = ["check_model", "private_copy", "reference_notes", "structure_notes"]
@@ -22,8 +24,14 @@ def check_model(model: nn.Module, example_inputs: Any) -> tuple[int, ...]:
     Raises:
         SteppingError: not a module, no weights, half precision, no or a wrong example.
     """
+    if isinstance(model, NestedNet):
+        action = "Give the model it was made from, or net.extract(i) for one of its subnets."
+        raise SteppingError(explain("a SteppingNet already", where="model", action=action))
     image_size = image_size_of(model, example_inputs)
     _check_precision(model)
+    if broken := not_finite(named_tensors(model)):
+        action = "Its training has diverged, or its weights were never set; load good ones first."
+        raise SteppingError(explain("weights that are not numbers (NaN)", where=broken, action=action))
     return image_size
 
 

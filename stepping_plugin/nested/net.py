@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import SteppingError, explain
+from ..errors import SteppingError, expect, explain
 from ..files.headers import Contribution
 from ..files.metadata import Metadata
 from ..units.analysis import Analysis, restrict
@@ -230,7 +230,11 @@ def check_levels(levels: Tensor, analysis: Analysis, n: int) -> Tensor:
     Raises:
         SteppingError: wrong shape or values, or a layer would have no unit left in subnet 1.
     """
-    levels = torch.as_tensor(levels).detach().cpu().long()
+    try:
+        levels = torch.as_tensor(levels).detach().cpu().long()
+    except (TypeError, ValueError, RuntimeError):
+        expect(levels, Tensor, "levels", f"LongTensor ({analysis.num_units},), one level per unit")
+        raise
     if levels.shape != (analysis.num_units,):
         expected = f"({analysis.num_units},), one level per unit"
         raise SteppingError(explain("wrong shape", where="levels", got=str(tuple(levels.shape)), expected=expected))

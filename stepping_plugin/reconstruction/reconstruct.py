@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..console.progress import track
-from ..errors import SteppingError, explain
+from ..errors import SteppingError, expect, explain
 from ..nested.net import NestedNet
 from .classifier import fit_classifier
 from .fits import LayerFit, plan
@@ -91,6 +91,7 @@ def reconstruct(
     Raises:
         SteppingError: no images, images of another shape, values that are not finite, or another model.
     """
+    expect(original, nn.Module, "original", "the model that the net was made from")
     if not ridge >= 0:
         raise SteppingError(explain("out of range", where="ridge", got=ridge, expected="a number from 0 up"))
     start = time.perf_counter()

@@ -164,6 +164,8 @@ def fit(
         "processes": trainer.processes.num_processes,
     }
     folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise SteppingError(explain("a file, not a folder", where="checkpoint_dir", got=str(folder)))
     run = _Run(trainer, train_loader, val_loader, folder, _plain(settings), log)
     seed_generators(config.seed, trainer.processes.process_index)
     run.begin(resume)

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ..errors import SteppingError, explain
 from ..files.headers import Contribution
 from ..nested.liveness import measure_life
 
@@ -30,6 +31,8 @@ def measure_contribution(net: NestedNet, batches: Iterable[Tensor]) -> Contribut
     """
     training, place = net.training, net.unit_levels.device
     images = [x.to(place) for x in batches]
+    if not images:
+        raise SteppingError(explain("no images", where="measure", got="no batch", expected="a few hundred images"))
     net.eval()
     try:
         scores = torch.cat([net.forward_all(x).double().cpu() for x in images], 1)
