@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from measured_rounding import BLOCKS as ROUNDING
 
 from stepping_plugin.studies.compare.page import summary_table
 from stepping_plugin.studies.compare.results import read_all
@@ -24,7 +25,10 @@ from stepping_plugin.studies.compare.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED, RESULTS = ROOT / "docs" / "measured", ROOT / "recipes" / "results"
-TEXTS = [ROOT / "README.md", *(ROOT / "docs" / "results" / f"{name}.md" for name in ("measurements", "levels"))]
+TEXTS = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / "results" / f"{name}.md" for name in ("measurements", "levels", "rounding")),
+]
 _KEPT = ("title", "seed", "machine", "original", "subnets", "early_exit", "verify", "seconds", "recipe")
 _BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- /measured -->)", re.DOTALL)
 _EXPECTED = re.compile(r"^# Expected result:.*\n(?:#   .*\n)*", re.MULTILINE)
@@ -354,6 +358,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "levels-study": levels_study,
     "levels-trials": levels_trials,
     "one-shot-cifar": one_shot_cifar,
+    **ROUNDING,
 }
 
 
