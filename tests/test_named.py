@@ -149,7 +149,14 @@ def test_rules_that_cannot_be_are_told_with_the_usage(words, run, capsys):
 
 @pytest.mark.parametrize(
     "words",
-    ["RUN nowhere.png", "RUN EMPTY", "RUN PICS --until banana=1", "RUN PICS --until max_prob=7", "resnet18 PICS"],
+    [
+        "RUN nowhere.png",
+        "RUN EMPTY",
+        "RUN PICS --until banana=1",
+        "RUN PICS --until max_prob=7",
+        "resnet18 PICS",
+        "RUN PICS --until calibrated max_prob=0.9",
+    ],
 )
 def test_what_cannot_be_predicted_is_one_line_before_a_net_is_loaded(
     words, run, pictures, tmp_path, capsys, monkeypatch
@@ -193,6 +200,20 @@ def test_folders_of_pictures_and_nets_without_a_run(memory, tmp_path):
     assert picture.shape == (1, 28, 28)
     with pytest.raises(SteppingError, match="nor a timm model says how"):
         preparation_of(named(str(tmp_path / "run" / "recipe.yaml")), (1, 28, 28))
+
+
+def test_files_of_nets_and_engines_say_how_pictures_are_prepared(tmp_path, capsys):
+    """The same answers from the packaged net and from nothing but its engine's file, by calibrated thresholds, too."""
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    engine = load("zoo:digits").deploy()
+    engine.save(tmp_path / "engine")
+    rows = []
+    for word in ("zoo:digits", str(tmp_path / "engine")):
+        assert main(["predict", word, str(tmp_path / "picture.png"), "--until", "calibrated", "--json"]) == 0
+        rows.append(json.loads(capsys.readouterr().out)["pictures"])
+    answer = engine.predict(engine.preprocess(tmp_path / "picture.png"), until="calibrated")
+    assert rows[0] == rows[1] and rows[0][0]["label"] == int(answer.classes) and rows[0][0]["macs"] == int(answer.macs)
 
 
 # --- the other commands

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_export", "add_predict", "add_report"]
 
+CALIBRATED = "calibrated"  # by the thresholds in the file
+
 
 def add_predict(commands: Any) -> None:
     """`stepping predict`."""
@@ -27,7 +29,11 @@ def add_predict(commands: Any) -> None:
     predict.add_argument("net", metavar="NET", help=HELP.rpartition(", or")[0])
     predict.add_argument("files", nargs="+", metavar="FILE", help="pictures, or folders of pictures")
     predict.add_argument(
-        "--until", type=_rule, nargs="+", metavar="RULE", help="stop a picture early, e.g. max_prob=0.9, margin=0.5"
+        "--until",
+        type=_rule,
+        nargs="+",
+        metavar="RULE",
+        help="stop a picture early: max_prob=0.9, margin=0.5, or calibrated",
     )
     predict.add_argument("--deadline", type=number(0, 1e6), metavar="SECONDS", help="for every batch")
     predict.add_argument("--batch-size", type=whole(1, 65_536), default=1, help="pictures at a time (1)")
@@ -35,8 +41,10 @@ def add_predict(commands: Any) -> None:
     predict.set_defaults(command=_predict)
 
 
-def _rule(text: str) -> tuple[str, float]:
-    """RULE=NUMBER of `Engine.predict(until=...)`; a number alone is a probability."""
+def _rule(text: str) -> tuple[str, float] | str:
+    """RULE=NUMBER of `Engine.predict(until=...)`; a number alone is a probability; or the word "calibrated"."""
+    if text == CALIBRATED:
+        return text
     name, equals, value = text.rpartition("=")
     try:
         threshold = float(value)
@@ -47,6 +55,17 @@ def _rule(text: str) -> tuple[str, float]:
     return name or "max_prob", threshold
 
 
+def _rules(given: list[Any] | None) -> Any:
+    """What `Engine.predict(until=...)` takes: a word, or rules by name."""
+    from ..errors import SteppingError
+
+    if not given:
+        return None
+    if CALIBRATED in given and len(given) > 1:
+        raise SteppingError("--until calibrated: the thresholds in the file stand alone; leave the other rules out.")
+    return CALIBRATED if given == [CALIBRATED] else dict(given)
+
+
 def _predict(arguments: argparse.Namespace) -> int:
     from ..engine.exit import as_rule
     from ..errors import SteppingError
@@ -55,16 +74,18 @@ def _predict(arguments: argparse.Namespace) -> int:
     from .prepare import files_of, preparation_of
 
     files = files_of(arguments.files)
-    until = dict(arguments.until) if arguments.until else None
-    as_rule(until)  # before a net is loaded
+    until = _rules(arguments.until)
+    if until != CALIBRATED:
+        as_rule(until)  # before a net is loaded
     source = named(arguments.net)
-    if source.net is None:
+    if source.model is not None:
         raise SteppingError(
-            f"{source.word}: predict needs a net that was trained: the folder of a run, or a net's file."
+            f"{source.word}: predict needs a net that was trained: the folder of a run, or the file of a net or engine."
         )
-    net = source.stepping_net()
-    preparation = preparation_of(source, net.analysis.image_size, (net.origin or {}).get("timm"))
-    engine = net.deploy()
+    net = source.stepping_net() if source.engine is None else None
+    engine = source.deployed() if net is None else net.deploy()
+    origin = net.origin.get("timm") if net is not None else None
+    preparation = preparation_of(source, engine.image_size, origin, engine.metadata)
     if arguments.deadline is not None:
         engine.calibrate(arguments.batch_size)
     options = {"until": until, "deadline": arguments.deadline, "batch_size": arguments.batch_size}

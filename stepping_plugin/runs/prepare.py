@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from ..engine.pictures import prepared
 from ..errors import SteppingError
+from ..files.metadata import Metadata
 from ..training.loader import TransformSet
 from ..views.named import Named
 from .data.build import bytes_of
@@ -25,20 +27,20 @@ from .recipe_data import DataConfig
 
 __all__ = ["Preparation", "files_of", "opened", "preparation_of"]
 
+EMPTY = Metadata()  # of files that say nothing
+
 
 @dataclass(frozen=True)
 class Preparation:
     """How a picture becomes a net's input.
 
     Attributes:
-        transform: from what `channels.as_channels` gives to float32 (C, H, W).
-        channels: C.
+        open: file -> float32 (C, H, W).
         classes: their names, in the order of the scores; empty: nobody says.
         source: where that is known from, in words.
     """
 
-    transform: Callable[[Any], Tensor]
-    channels: int
+    open: Callable[[Path], Tensor]
     classes: Sequence[str]
     source: str
 
@@ -47,17 +49,23 @@ class Preparation:
         return str(self.classes[index]) if index < len(self.classes) else str(index)
 
 
-def preparation_of(source: Named, image_size: Sequence[int], origin: str | None = None) -> Preparation:
-    """As the evaluation of the run did it, or without one, as timm does it for this model.
+def preparation_of(
+    source: Named, image_size: Sequence[int], origin: str | None = None, metadata: Metadata = EMPTY
+) -> Preparation:
+    """As the net's file says; else as the evaluation of its run did it; without one, as timm does it for this model.
 
     Args:
         source: what the net was named by.
         image_size: (C, H, W) of the net.
         origin: timm name of the model that the net was made from.
+        metadata: of the net or engine.
 
     Raises:
         SteppingError: the run's data set cannot be opened, or nobody says how pictures were prepared.
     """
+    how = metadata.preprocessing
+    if how is not None:
+        return Preparation(lambda path: prepared(path, how), metadata.classes or (), f"the file of {source.word}")
     if source.run is not None:
         return _of_run(source.run)
     if origin is None:
@@ -67,7 +75,7 @@ def preparation_of(source: Named, image_size: Sequence[int], origin: str | None 
         )
     cfg = DataConfig(name="imagefolder", in_chans=image_size[0], img_size=image_size[-1])
     _, transform = transforms(cfg, data_config(cfg, origin))
-    return Preparation(transform, image_size[0], (), f"timm's {origin}")
+    return Preparation(_opening(transform, image_size[0]), (), f"timm's {origin}")
 
 
 def _of_run(folder: Path) -> Preparation:
@@ -80,7 +88,11 @@ def _of_run(folder: Path) -> Preparation:
     else:
         as_bytes = bytes_of(recipe.data, model.name, pretrained=parts.pretrained) or _Resized(data.img_size)
         transform = _Normalised(as_bytes, data.mean, data.std)
-    return Preparation(transform, data.in_chans, data.classes, f"the evaluation of {folder}")
+    return Preparation(_opening(transform, data.in_chans), data.classes, f"the evaluation of {folder}")
+
+
+def _opening(transform: Callable[[Any], Tensor], channels: int) -> Callable[[Path], Tensor]:
+    return lambda path: transform(as_channels(open_file(str(path)), channels, str(path)))
 
 
 @dataclass(frozen=True)
@@ -138,6 +150,6 @@ def opened(files: Iterable[Path], preparation: Preparation) -> Iterator[tuple[Pa
     """Every file with its picture, prepared, or with the reason why it is none."""
     for path in files:
         try:
-            yield path, preparation.transform(as_channels(open_file(str(path)), preparation.channels, str(path)))
+            yield path, preparation.open(path)
         except (*UNREADABLE, SteppingError) as error:
             yield path, " ".join(str(error).split())[:200] or type(error).__name__
