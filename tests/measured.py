@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from measured_paper import BLOCKS as PAPER
 from measured_rounding import BLOCKS as ROUNDING
 
 from stepping_plugin.studies.compare.page import summary_table
@@ -358,6 +359,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "levels-study": levels_study,
     "levels-trials": levels_trials,
     "one-shot-cifar": one_shot_cifar,
+    **PAPER,
     **ROUNDING,
 }
 
