@@ -1,4 +1,4 @@
-"""`apply_steppingnet`: from a trained classifier and a list of budgets to nested subnets."""
+"""`apply_steppingnet`: from a trained model and a list of budgets to nested subnets."""
 
 from __future__ import annotations
 
@@ -41,11 +41,14 @@ def apply_steppingnet(
     seed: int = 0,
     progress: bool | None = None,
 ) -> SteppingNet:
-    """Turn a trained classifier into N nested subnets, one per budget.
+    """Turn a trained model into N nested subnets, one per budget.
 
     Args:
-        model: timm model, or any module that maps images (B, C, H, W) to class scores (B, classes). Not modified. Of a
-            compiled model or one in DataParallel, the model inside is converted.
+        model: timm model, or any module that maps images (B, C, H, W) to class scores (B, classes), or to any other
+            tensor or tuple, list, dict or dataclass of tensors (score maps, boxes, feature maps). Not modified. Of a
+            compiled model or one in DataParallel, the model inside is converted. Outputs of a last convolution or
+            linear are whole in every subnet and become more exact with every level; units that leave the model
+            themselves (feature maps, embeddings behind a norm) are 0 in subnets without them, see `net.output_levels`.
         budgets: ascending MAC budgets of subnets 1..N: floats in (0, 1] are fractions of the model's own MACs M_t,
             integers are MACs, strings may be "40%", "300M", "1.2G".
         example_inputs: images (B, C, H, W) of the size that the net is to be used with; by default the first of

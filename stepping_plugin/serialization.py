@@ -27,12 +27,13 @@ from .errors import CaptureError, CheckpointError, SteppingError, explain
 from .files.graphs import DAMAGE
 from .files.headers import NetHeader, Probe, mode_name, validated
 from .files.origin import candidates, same_names
-from .files.probe import compare_scores, probe_images, quiet
+from .files.probe import compare_outputs, probe_images, probe_names, quiet, stored_probe
 from .files.zoo import find_net
 from .graph.describe import describe, draws, first_difference
 from .graph.device import usable_device
 from .graph.modes import ordinary_mode
 from .graph.program import copy_model, named_tensors, unwrap
+from .graph.structure import tensors_of
 from .nested.module import copy_with, sliced_copy
 from .nested.net import NestedNet, check_levels
 from .tensorfile import NET, checked_path, not_finite, pack_header, read_file, write_tensors
@@ -72,8 +73,7 @@ def write_net(net: NestedNet, path: str | os.PathLike[str]) -> None:
     for k, copies in enumerate(net.lineage):
         tensors[f"lineage.{k}"] = copies
     scores = _probe_scores(net, _PROBE)
-    if scores is not None:
-        tensors["probe"] = scores
+    tensors.update(zip(probe_names(len(scores or ())), scores or ()))
     programs = {mode_name(t): dict(zip(("lines", "sketches"), describe(p))) for t, p in net.analysis.programs.items()}
     if isinstance(net.completion, _Completion):  # what is not captured is what the file said
         known = net.completion.file.header.model_dump()["programs"]
@@ -119,8 +119,8 @@ def _captured_type(analysis: Analysis) -> torch.dtype:
     return next(iter(analysis.programs.values())).image.meta["dtype"]
 
 
-def _probe_scores(net: NestedNet, probe: Probe) -> Tensor | None:
-    """Scores (N, B, classes) in eval mode; None where they would say nothing: random, or no numbers."""
+def _probe_scores(net: NestedNet, probe: Probe) -> list[Tensor] | None:
+    """Outputs of all subnets, (N, ...) each, in eval mode; None where they would say nothing: random, or no numbers."""
     program = net.analysis.programs.get(False)
     weight = next((p for p in net.model.parameters() if p.is_floating_point()), None)
     if program is None or weight is None or draws(program.graph):
@@ -128,7 +128,7 @@ def _probe_scores(net: NestedNet, probe: Probe) -> Tensor | None:
     images = probe_images(probe, net.analysis.image_size, weight.dtype).to(weight.device)
     precise = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
     with precise, torch.autocast(weight.device.type, enabled=False):
-        return quiet(lambda: net.run(images, training=False))
+        return quiet(lambda: tensors_of(net.run(images, training=False)))
 
 
 def _unique(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -187,7 +187,8 @@ class _File:
 
 def _check_tensors(header: NetHeader, tensors: Mapping[str, Tensor], path: object) -> None:
     """What can be said about the tensors before there is a model."""
-    listed = ["levels", *(f"lineage.{k}" for k in range(header.lineage)), *(["probe"] if header.probe else [])]
+    probes = stored_probe(tensors) if header.probe else []
+    listed = ["levels", *(f"lineage.{k}" for k in range(header.lineage)), *probes]
     own = ("model.", "analysis.") if header.analysis else "model."
     others = [n for n in tensors if not n.startswith(own) and n not in listed]
     wrong = next((f"{n} is missing" for n in listed if n not in tensors), None) or next(iter(others), None)
@@ -213,7 +214,7 @@ def _check_tensors(header: NetHeader, tensors: Mapping[str, Tensor], path: objec
             explain("weights of a wrong type", where=str(path), got=", ".join(sorted(map(_plain, kinds))),
                     expected="float32 or float64")
         )  # fmt: skip
-    broken = not_finite(weights) or (not_finite({"probe": tensors["probe"]}) if header.probe else None)
+    broken = not_finite(weights) or not_finite({n: tensors[n] for n in probes})
     if broken:
         raise CheckpointError(explain("weights that are not finite numbers", where=f"{path}: {broken}"))
 
@@ -364,7 +365,8 @@ def _compare_scores(
     if header.probe is None:
         return
     scores = _probe_scores(net, header.probe)
-    problem = "scores that are no numbers" if scores is None else compare_scores(tensors["probe"], scores)
+    stored = [tensors[name] for name in stored_probe(tensors)]
+    problem = "scores that are no numbers" if scores is None else compare_outputs(stored, scores)
     if problem:
         raise CheckpointError(
             f"{path}: the net computes something else than when it was saved: {problem}."

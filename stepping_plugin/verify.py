@@ -1,7 +1,7 @@
 """Numerical proof that the subnets of a net are nested.
 
 Everything that the operators read of parameters and buffers on behalf of units above level i is replaced by noise. If
-subnets 1..i give the same class scores as before, nothing in them depends on a unit that they do not contain, so their
+subnets 1..i give the same outputs as before, nothing in them depends on a unit that they do not contain, so their
 results can be reused. The noise is put where operators that see images read their operands (`ownership`), so it reaches
 every element whatever view, slice, transpose or arithmetic lies between it and the parameter.
 """
@@ -21,6 +21,7 @@ from .engine import compile_engine
 from .errors import NestingError, expect
 from .graph.modes import ordinary_mode
 from .graph.program import is_static, random_operators
+from .graph.structure import tensors_of
 from .nested.net import NestedNet
 from .units.levels import channel_levels
 from .units.ownership import NEVER, first_readers
@@ -32,7 +33,8 @@ TOLERANCE = 1e-9  # relative, in float64
 
 @dataclass
 class VerifyReport:
-    """What `verify` saw. All figures are relative to the largest class score.
+    """What `verify` saw. All figures are relative to the largest class score; of several outputs, each relative to its
+    own largest number, the worst.
 
     Attributes:
         leak: per subnet 1..N-1, the largest change of its scores when everything above it was replaced by noise.
@@ -87,44 +89,73 @@ def verify(net: NestedNet, x: Tensor | None = None, *, engine: bool = True, seed
     x = x.to(device, torch.float64)
     report = VerifyReport()
     with torch.no_grad():
-        scores = _drawing(seed, exact.forward_all, x)
-        scale = float(scores.abs().max().clamp(min=1e-30))
-        report.step_gain = ((scores[1:] - scores[:-1]).abs().flatten(1).amax(1) / scale).tolist()
-        apart = float((_drawing(seed, exact.forward_all, x) - scores).abs().max()) / scale
+        scores = _Outputs(_drawing(seed, exact.forward_all, x))
+        report.step_gain = scores.gains().tolist()
+        apart = float(scores.apart(_drawing(seed, exact.forward_all, x)).max())
         if not apart <= TOLERANCE:  # nothing can be compared
             report.notes.append(
                 f"two runs on the same images and random numbers differ by {apart:.1e}, so nothing was checked"
             )
             return report
-        _check_nesting(exact, x, scores, scale, seed, report)
-        if drawn := _random_parts(exact, x, scores, scale, seed):
+        _check_nesting(exact, x, scores, seed, report)
+        if drawn := _random_parts(exact, x, scores, seed):
             report.notes.append(f"the net is random in eval mode ({drawn}): standalone subnets and engine not compared")
             return report
-        report.extract_error = _extract_errors(exact, x, scores, scale)
+        report.extract_error = _extract_errors(exact, x, scores)
         if engine:
-            report.engine_error = _engine_errors(exact, x, scores, scale)
+            report.engine_error = _engine_errors(exact, x, scores)
     return report
 
 
-def _drawing(seed: int, function: Callable[..., Tensor], *args: Any) -> Tensor:
+class _Outputs:
+    """What all subnets returned, to compare other runs with.
+
+    Args:
+        result: of `forward_all`.
+    """
+
+    def __init__(self, result: Any) -> None:
+        self.tensors = [t.double() for t in tensors_of(result)]
+        self.scales = [float(t.abs().max().clamp(min=1e-30)) if t.numel() else 1.0 for t in self.tensors]
+
+    def apart(self, result: Any, subnet: int | None = None) -> Tensor:
+        """How far another run is apart, per subnet, (N,); `subnet` (1..N): of that alone, (1,)."""
+        others = [t.double() if subnet is None else t.double()[None] for t in tensors_of(result)]
+        own = self.tensors if subnet is None else [t[subnet - 1 : subnet] for t in self.tensors]
+        return self._worst([a - b for a, b in zip(others, own, strict=True)])
+
+    def gains(self) -> Tensor:
+        """How far every subnet is apart from the one before, (N - 1,)."""
+        return self._worst([t[1:] - t[:-1] for t in self.tensors])
+
+    def _worst(self, gaps: list[Tensor]) -> Tensor:
+        return torch.stack([_largest(gap) / scale for gap, scale in zip(gaps, self.scales)]).amax(0)
+
+
+def _largest(gap: Tensor) -> Tensor:
+    """The largest number of every subnet, (N,)."""
+    return gap.abs().reshape(len(gap), -1).amax(1) if gap.numel() else gap.new_zeros(len(gap))
+
+
+def _drawing(seed: int, function: Callable[..., Any], *args: Any) -> Any:
     """The result of a function that draws the random numbers of a seed; the generators stay as they were."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return function(*args)
 
 
-def _random_parts(net: NestedNet, x: Tensor, scores: Tensor, scale: float, seed: int) -> str:
-    """What makes a net random; empty if other random numbers give the same scores."""
-    apart = float((_drawing(seed + 1, net.forward_all, x) - scores).abs().max()) / scale
+def _random_parts(net: NestedNet, x: Tensor, scores: _Outputs, seed: int) -> str:
+    """What makes a net random; empty if other random numbers give the same outputs."""
+    apart = float(scores.apart(_drawing(seed + 1, net.forward_all, x)).max())
     drawn = random_operators(net.analysis.eval_program)
     return ", ".join(drawn) if apart > TOLERANCE and drawn else ""
 
 
-def _check_nesting(net: NestedNet, x: Tensor, scores: Tensor, scale: float, seed: int, report: VerifyReport) -> None:
+def _check_nesting(net: NestedNet, x: Tensor, scores: _Outputs, seed: int, report: VerifyReport) -> None:
     first = first_readers(net.analysis, net.levels)
     for i in track(range(1, net.num_subnets), "verification of the nesting"):
         noisy = _Noisy(net, first, i, seed)
-        change = (_drawing(seed, noisy.scores, x) - scores).abs().flatten(1).amax(1) / scale
+        change = scores.apart(_drawing(seed, noisy.outputs, x))
         leak = float(change[:i].max())
         if not leak <= TOLERANCE:
             raise _leak_error(noisy, x, i, leak, seed)
@@ -132,10 +163,10 @@ def _check_nesting(net: NestedNet, x: Tensor, scores: Tensor, scale: float, seed
         report.response.append(float(change[-1]))
 
 
-def _extract_errors(net: NestedNet, x: Tensor, scores: Tensor, scale: float) -> list[float]:
+def _extract_errors(net: NestedNet, x: Tensor, scores: _Outputs) -> list[float]:
     errors = []
     for i in track(range(1, net.num_subnets + 1), "verification of the extracted subnets"):
-        errors.append(float((net.extract(i)(x) - scores[i - 1]).abs().max()) / scale)
+        errors.append(float(scores.apart(net.extract(i)(x), i)))
         if not errors[-1] <= TOLERANCE:
             raise NestingError(
                 f"Subnet {i} extracted as a module differs from the nested net by {errors[-1]:.1e}.", subnet=i
@@ -143,10 +174,10 @@ def _extract_errors(net: NestedNet, x: Tensor, scores: Tensor, scale: float) -> 
     return errors
 
 
-def _engine_errors(net: NestedNet, x: Tensor, scores: Tensor, scale: float) -> list[float]:
+def _engine_errors(net: NestedNet, x: Tensor, scores: _Outputs) -> list[float]:
     errors = []
-    for i, (stepped, expected) in enumerate(zip(compile_engine(net).steps(x), scores), start=1):
-        errors.append(float((stepped - expected).abs().max()) / scale)
+    for i, stepped in enumerate(compile_engine(net).steps(x), start=1):
+        errors.append(float(scores.apart(stepped, i)))
         if not errors[-1] <= TOLERANCE:
             raise NestingError(f"The engine's subnet {i} differs from the nested net by {errors[-1]:.1e}.", subnet=i)
     return errors
@@ -169,9 +200,10 @@ class _Noisy(fx.Interpreter):
         self.noisy: dict[fx.Node, Tensor] = {}
         self.seen: dict[str, Tensor] | None = None
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Class scores of all subnets, (N, B, classes)."""
-        return self.run(x, *self.net._tensors(self.net._graphs[False], False))[0]
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """What all subnets return, (N, ...) each."""
+        graph = self.net._graphs[False]
+        return list(self.run(x, *self.net._tensors(graph, False))[: graph.structure.count])
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
         """Operators that need no image get the parameters themselves, the others what is noise above the level."""
@@ -206,9 +238,9 @@ def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _leak_error(noisy: _Noisy, x: Tensor, subnet: int, leak: float, seed: int) -> NestingError:
-    layer = _first_difference(noisy, x, subnet, seed) or "the classifier"
+    layer = _first_difference(noisy, x, subnet, seed) or "the outputs"
     return NestingError(
-        f"{layer}: subnet {subnet} is not nested; its class scores change by {leak:.1e} (relative) when the units "
+        f"{layer}: subnet {subnet} is not nested; its outputs change by {leak:.1e} (relative) when the units "
         "above it become noise. A synapse or a statistic leads from a larger subnet into it. If the net was made by "
         "apply_steppingnet and not changed by hand, please report the model.",
         layer,
@@ -236,5 +268,5 @@ def _first_difference(noisy: _Noisy, x: Tensor, subnet: int, seed: int) -> str |
 def _record(interpreter: _Noisy, x: Tensor, seed: int) -> dict[str, Tensor]:
     """Results of all operators by name."""
     interpreter.seen = {}
-    _drawing(seed, interpreter.scores, x)
+    _drawing(seed, interpreter.outputs, x)
     return interpreter.seen

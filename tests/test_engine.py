@@ -99,7 +99,7 @@ def test_executed_macs_are_the_reported_ones(model, seed, dtype):
         inputs = tuple(caches[name].clone() for name in program.inputs)
         assert count_macs(program.module, inputs).total == after - before
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            engine.run_step(program.level, caches)
+            engine.run_step(program.level, caches, 1)
         assert counter.get_total_flops() == 2 * (after - before)
 
 

@@ -287,8 +287,6 @@ def test_more_subnets_than_units():
 
 
 def test_unsuitable_models(model):
-    with pytest.raises(CaptureError, match="no classifier"):
-        apply_steppingnet(make("test_resnet", num_classes=0), [0.5])
     with pytest.raises(CaptureError, match="cannot be captured"):
         apply_steppingnet(model, [0.5], example_inputs=torch.zeros(1, 5, 64, 64))
     with pytest.raises(SteppingError, match="expected one Tensor of images"):
@@ -301,7 +299,7 @@ def test_unsuitable_models(model):
         apply_steppingnet(Plain(), [0.5])
     with pytest.raises(SteppingError, match="not a model"):
         apply_steppingnet("resnet18", [0.5])
-    with pytest.raises(CaptureError, match=r"No unit|no layer|classifier"):
+    with pytest.raises(CaptureError, match="no layer but the last one"):
         apply_steppingnet(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), [0.5], example_inputs=torch.zeros(1, 3, 4, 4))
 
 

@@ -25,25 +25,23 @@ class Plug:
 
 
 def head_units(analysis: Analysis) -> Tensor:
-    """Units whose values the class scores read directly, BoolTensor (num_units,).
+    """Units that leave the model, or whose values the scores that do read directly, BoolTensor (num_units,).
 
-    That is what enters the part of the graph that is evaluated once per subnet: inputs of the classifier, and
+    The latter is what enters the part of the graph that is evaluated once per subnet: inputs of the classifier, and
     of statistics over channels that lead to it.
     """
     read = torch.zeros(analysis.num_units, dtype=torch.bool)
     program = analysis.eval_program
-    pending, seen = [program.output], set()
+    pending, seen = program.outputs, set(program.outputs)
     while pending:
         node = pending.pop()
-        for source in node.all_input_nodes:
-            if source in seen:
-                continue
-            seen.add(source)
-            units = source.meta.get("units")
-            if source.meta.get("per_level"):
-                pending.append(source)
-            elif units is not None:
-                read[units[units >= 0]] = True
+        units = node.meta.get("units")
+        if node.meta.get("per_level"):
+            new = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(new)
+            pending.extend(new)
+        elif units is not None:
+            read[units[units >= 0]] = True
     return read
 
 

@@ -180,7 +180,7 @@ def _split_outgoing(
     columns = {name: (0 if layouts[name][1] else 1, pair[1]) for name, pair in analysis.weight_units.items()}
     for layer in analysis.layers:
         if layer.role == Role.HEAD and layer.weight is not None:
-            columns[layer.weight] = (1, layer.in_units)
+            columns[layer.weight] = (0 if "transpose" in op_name(layer.node) else 1, layer.in_units)
     parent = torch.arange(len(copies)).repeat_interleave(copies)
     for name, (axis, units) in columns.items():
         sources = _sources(units, parent)

@@ -18,9 +18,9 @@ from ..graph.rules import reduced_axes
 from ..units.macs import dense_macs
 from . import kernels
 from .plan import Plan, norm_options, normalised_axes, spread
-from .step import IMAGE, SCORES, StepGraph
+from .step import IMAGE, StepGraph, output_names
 
-__all__ = ["IMAGE", "SCORES", "StepProgram", "emit_steps"]
+__all__ = ["IMAGE", "StepProgram", "emit_steps", "output_names"]
 
 aten = torch.ops.aten
 PRODUCTS = {"matmul", "bmm", "scaled_dot_product_attention"}
@@ -33,7 +33,7 @@ class StepProgram:
     Attributes:
         level: s; the step leads from subnet s - 1 to subnet s.
         module: `module(*[caches[name] for name in inputs])` returns one tensor per entry of `outputs`. Step 1
-            takes the cache "image"; every step returns "scores", the class scores of subnet s.
+            takes the cache "image"; every step returns the outputs of subnet s, called by `output_names`.
         inputs, outputs: names of caches.
         macs: multiply-accumulates that the program executes per sample.
         released: caches that no later step reads.
@@ -62,7 +62,8 @@ def emit_steps(plan: Plan) -> tuple[list[StepProgram], dict[str, fx.Node]]:
         for name in program.inputs:
             wanted.setdefault(name, level)
         released = [name for name in program.inputs if wanted[name] == level]
-        programs.append(replace(program, released=tuple(name for name in released if name != SCORES)))
+        stay = output_names(plan.program.structure.count)
+        programs.append(replace(program, released=tuple(name for name in released if name not in stay)))
     return programs[::-1], sources
 
 
@@ -78,8 +79,8 @@ class _Step(StepGraph):
                 self.values[node] = self._operator(node)
                 self._count_macs(node)
         self._keep_wanted()
-        scores = self.value(self.plan.program.output)
-        outputs = {SCORES: scores, **{k: v for k, v in self.made.items() if k in self.wanted and k != SCORES}}
+        outputs = {name: self._leaving(n, name) for name, n in zip(self.output_names, self.plan.program.outputs)}
+        outputs |= {k: v for k, v in self.made.items() if k in self.wanted and k not in outputs}
         self.graph.output(tuple(outputs.values()))
         self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
         used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
@@ -91,6 +92,28 @@ class _Step(StepGraph):
                 del self.caches[name]
         macs = sum(node.meta.get("macs", 0) for node in self.graph.nodes)
         return StepProgram(self.level, fx.GraphModule(self.root, self.graph), tuple(self.caches), tuple(outputs), macs)
+
+    def _leaving(self, node: fx.Node, name: str) -> fx.Node:
+        """An output of this subnet; of units that leave the model, those of higher levels are 0."""
+        self.sources[name] = node
+        if is_static(node):
+            return self.static(node)  # type: ignore[return-value]
+        units, axis = node.meta.get("units"), node.meta.get("axis")
+        if units is None or node.meta.get("per_level"):
+            return self.value(node)
+        own = self.positions(node)
+        if len(own) == len(units):
+            return self.value(node)
+        if self.level > 1 and not len(own):
+            return self.cache(name, node)
+        if self.level > 1:
+            before = self.cache(name, node)
+        else:
+            sizes = [
+                self.batch(size) if d == node.meta["batch_axis"] else size for d, size in enumerate(node.meta["shape"])
+            ]
+            before = self.call(aten.new_zeros.default, self.value(node), sizes)
+        return self.call(aten.index_copy.default, before, axis, self._index(own), self.value(node))
 
     def _keep_wanted(self) -> None:
         """Keep what this level computes and later steps read."""
@@ -205,7 +228,8 @@ class _Step(StepGraph):
     def _head(self, node: fx.Node) -> fx.Node:
         """Class scores accumulate: those of lower levels, and what the channels of this level add."""
         source: fx.Node = node.args[0]  # type: ignore[assignment]
-        name = SCORES if node is self.plan.program.output else f"{node.name}.sum"
+        leaving = dict(zip(self.plan.program.outputs, self.output_names))
+        name = leaving.get(node, f"{node.name}.sum")
         if source.meta.get("per_level"):
             return self._general(node)
         if not self.plan.is_new(source, self.level):
@@ -221,7 +245,8 @@ class _Step(StepGraph):
         source, weight = node.args[:2]
         own = self.positions(source) if source.meta.get("units") is not None else None  # type: ignore[union-attr,arg-type]
         bias = self.static(call_arg(node, "bias")) if self.level == 1 else None
-        return self.value(source), self.static(weight, None if own is None else (1, own)), bias  # type: ignore[arg-type]
+        inputs_at = 0 if "transpose" in op_name(node) else 1
+        return self.value(source), self.static(weight, None if own is None else (inputs_at, own)), bias  # type: ignore[arg-type]
 
     def _prefix_norm(self, node: fx.Node) -> fx.Node:
         source: fx.Node = node.args[0]  # type: ignore[assignment]

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..errors import SteppingError, explain, image_shape_error
 from ..graph.program import named_tensors
+from ..graph.structure import map_tensors, tensors_of
 from ..nested.net import NestedNet
 from ..runtimes.clock import StepClock
-from .emit import SCORES, emit_steps
+from .emit import emit_steps, output_names
 from .exact import ExactSubnet
 from .exit import ExitRule, as_decision, wide
 from .export import export_engine
@@ -27,6 +28,7 @@ from .fuse import fuse
 from .pictures import prepared
 from .plan import Plan, batch_axes
 from .program_set import ProgramSet
+from .rows import put_rows
 from .session import Session
 
 __all__ = ["Engine", "Prediction", "compile_engine", "exact_subnet", "load_engine"]
@@ -37,8 +39,8 @@ class Prediction:
     """Answer of `Engine.predict`.
 
     Attributes:
-        logits: class scores (B, classes) of the largest subnet that ran for each sample; with `until="calibrated"` the
-            answer that the net's temperatures make of them, whose softmax is calibrated.
+        logits: class scores (B, classes), or other outputs, of the largest subnet that ran for each sample; with
+            `until="calibrated"` the answer that the net's temperatures make of them, whose softmax is calibrated.
         subnet: LongTensor (B,), that subnet.
         macs: LongTensor (B,), MACs executed for each sample.
         seconds: wall-clock time of the call.
@@ -46,7 +48,7 @@ class Prediction:
         class_names: of all classes, where the net knows them.
     """
 
-    logits: Tensor
+    logits: Any
     subnet: Tensor
     macs: Tensor
     seconds: float
@@ -117,16 +119,15 @@ class Engine(ProgramSet):
         self._check(x)
         return Session(self, x, borrow)
 
-    def steps(self, x: Tensor) -> Iterator[Tensor]:
-        """Class scores (B, classes) of subnets 1..N, each computed when it is asked for."""
+    def steps(self, x: Tensor) -> Iterator[Any]:
+        """Class scores (B, classes), or other outputs, of subnets 1..N, each computed when it is asked for."""
         session = self.start(x)
-        yield session.logits
+        yield session.outputs
         while session.subnet < self.num_subnets:
             yield session.step()
 
-    def run_step(self, level: int, caches: dict[str, Tensor]) -> Tensor:
-        """Run step program `level` on a session's caches, bring them up to date and return the class
-        scores."""
+    def run_step(self, level: int, caches: dict[str, Tensor], samples: int) -> list[Tensor]:
+        """Run step program `level` on a session's caches, bring them up to date and return the outputs."""
         program, kind = self.programs[level - 1], self.device.type
         own_type = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         began = time.perf_counter()
@@ -135,10 +136,11 @@ class Engine(ProgramSet):
         caches.update(zip(program.outputs, results, strict=True))
         for name in program.released:
             del caches[name]
-        scores = caches[SCORES].clone()  # an ordinary tensor: what is made in inference mode cannot be changed outside
+        # ordinary tensors: what is made in inference mode cannot be changed outside
+        outputs = [caches[name].clone() for name in output_names(self.structure.count)]
         self._wait()
-        self.clock.record(level, len(scores), time.perf_counter() - began)
-        return scores
+        self.clock.record(level, samples, time.perf_counter() - began)
+        return outputs
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -147,7 +149,7 @@ class Engine(ProgramSet):
     def predict(
         self, x: Tensor, until: ExitRule | Mapping[str, float] | str | None = None, deadline: float | None = None
     ) -> Prediction:
-        """Step up until a rule on the scores says stop, for each sample on its own, or until time runs out.
+        """Step up until a rule on the outputs says stop, for each sample on its own, or until time runs out.
 
         Args:
             x: images (B, C, H, W).
@@ -160,11 +162,11 @@ class Engine(ProgramSet):
         began = time.perf_counter()
         decision, limit = as_decision(until, self.metadata.exit), _checked_deadline(deadline)
         session = self.start(x, borrow=True)
-        logits, subnet = decision.answer(session.history).clone(), torch.ones(len(x), dtype=torch.long)
-        active = torch.arange(len(x))
+        result = map_tensors(Tensor.clone, decision.answer(session.history))
+        subnet, active = torch.ones(len(x), dtype=torch.long), torch.arange(len(x))
         while session.subnet < self.num_subnets:
             if decision.may_stop:
-                going = ~decision.stop(session.history)
+                going = ~decision.stop(session.history, len(active))
                 if not bool(going.any()):
                     break
                 session.keep(going)
@@ -173,11 +175,17 @@ class Engine(ProgramSet):
             if not self.clock.allows(session.subnet + 1, len(active), left, session.subnet):
                 break
             session.step()
-            logits[active.to(logits.device)] = decision.answer(session.history)
+            self._put(result, len(x), active, decision.answer(session.history))
             subnet[active] = session.subnet
         seconds = time.perf_counter() - began
         macs = torch.tensor([0, *self.macs])[subnet]
-        return Prediction(logits, subnet, macs, seconds, seconds <= limit, self.metadata.classes)
+        return Prediction(result, subnet, macs, seconds, seconds <= limit, self.metadata.classes)
+
+    def _put(self, result: Any, size: int, active: Tensor, newer: Any) -> None:
+        """Overwrite the outputs of some samples."""
+        axes = (self.cache_axes[name] for name in output_names(self.structure.count))
+        for tensor, axis, rows in zip(tensors_of(result), axes, tensors_of(newer)):
+            put_rows(tensor, axis, size, active.to(tensor.device), rows)
 
     def preprocess(self, pictures: Any) -> Tensor:
         """Pictures as the net was evaluated with: same mode, resize, crop and normalisation.
@@ -298,8 +306,9 @@ def _step_programs(net: NestedNet, levels: Tensor, n: int) -> ProgramSet:
     dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
     macs = [sum(p.macs for p in programs[: k + 1]) for k in range(len(programs))]
     found = batch_axes(plan.program)
-    axes = {name: found[node] for name, node in sources.items()}
-    return ProgramSet(programs, macs, tuple(net.analysis.image_size), dtype, plan.device, axes, net.metadata)
+    axes = {name: found.get(node) for name, node in sources.items()}
+    size, structure = tuple(net.analysis.image_size), plan.program.structure
+    return ProgramSet(programs, macs, size, dtype, plan.device, axes, net.metadata, structure)
 
 
 def load_engine(

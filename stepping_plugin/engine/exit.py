@@ -70,20 +70,35 @@ def as_rule(until: Any) -> ExitRule | None:
     if until is None or callable(until):
         return until
     if not isinstance(until, Mapping) or not until:
-        expected = 'a function of the scores, or {"max_prob": t}, {"margin": t}, {"entropy": t}'
+        expected = 'a function of the outputs, or {"max_prob": t}, {"margin": t}, {"entropy": t}'
         raise SteppingError(explain("not a rule to stop by", where="until", got=until, expected=expected))
     for name in until:
         if name not in _RULES:
             raise SteppingError(explain(f"unknown rule {name!r}", where="until", action=nearest(name, _RULES)))
     rules = [_RULES[name](threshold) for name, threshold in until.items()]
-    return lambda scores: torch.stack([rule(scores) for rule in rules]).any(0)
+    return lambda outputs: torch.stack([rule(_class_scores(outputs)) for rule in rules]).any(0)
+
+
+def _class_scores(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor) and outputs.dim() == 2:
+        return outputs
+    got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+    raise SteppingError(
+        explain(
+            "rules that go by name are for class scores",
+            where="until",
+            got=f"outputs of {got}",
+            expected="one tensor (B, classes)",
+            action="Pass a function of the outputs that returns a BoolTensor (B,), True where a sample may stop.",
+        )
+    )
 
 
 class Decision:
     """What `predict` asks after every step: what is the answer, and is it good enough.
 
     Args:
-        rule: of the scores of the last subnet that ran; None: never stop.
+        rule: of the outputs of the last subnet that ran; None: never stop.
     """
 
     def __init__(self, rule: ExitRule | None) -> None:
@@ -93,14 +108,14 @@ class Decision:
     def may_stop(self) -> bool:
         return self.rule is not None
 
-    def answer(self, history: Sequence[Tensor]) -> Tensor:
-        """Scores (B, classes) to answer by, from those of subnets 1..i."""
+    def answer(self, history: Sequence[Any]) -> Any:
+        """Scores (B, classes), or other outputs, to answer by, from those of subnets 1..i."""
         return history[-1]
 
-    def stop(self, history: Sequence[Tensor]) -> Tensor:
+    def stop(self, history: Sequence[Any], samples: int) -> Tensor:
         """BoolTensor (B,): whose answer is good enough."""
         assert self.rule is not None
-        return stop_now(self.rule, history[-1])
+        return stop_now(self.rule, history[-1], samples)
 
 
 class _Calibrated(Decision):
@@ -113,10 +128,10 @@ class _Calibrated(Decision):
     def may_stop(self) -> bool:
         return True
 
-    def answer(self, history: Sequence[Tensor]) -> Tensor:
-        return calibrated_answers(torch.stack([wide(scores) for scores in history]), self.chosen)[-1]
+    def answer(self, history: Sequence[Any]) -> Tensor:
+        return calibrated_answers(torch.stack([wide(_class_scores(scores)) for scores in history]), self.chosen)[-1]
 
-    def stop(self, history: Sequence[Tensor]) -> Tensor:
+    def stop(self, history: Sequence[Any], samples: int) -> Tensor:
         answer = self.answer(history)
         thresholds = threshold_table(self.chosen.thresholds, answer.shape[-1])[len(history) - 1].to(answer)
         confidence, given = answer.softmax(-1).max(-1)
@@ -141,17 +156,17 @@ def as_decision(until: Any, chosen: CalibratedExit | None) -> Decision:
     return _Calibrated(chosen)
 
 
-def stop_now(rule: ExitRule, scores: Tensor) -> Tensor:
-    """Apply a rule and check what it returns: BoolTensor (B,)."""
-    result = rule(scores)
-    if not isinstance(result, Tensor) or result.dtype != torch.bool or result.shape != scores.shape[:1]:
+def stop_now(rule: ExitRule, outputs: Any, samples: int) -> Tensor:
+    """Apply a rule to what a model returns and check what it says: BoolTensor (B,)."""
+    result = rule(outputs)
+    if not isinstance(result, Tensor) or result.dtype != torch.bool or result.shape != (samples,):
         got = f"{result.dtype} of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise SteppingError(
             explain(
                 "the rule returned no decision per sample",
                 where="until",
                 got=got,
-                expected=f"torch.bool of shape ({len(scores)},)",
+                expected=f"torch.bool of shape ({samples},)",
             )
         )
     return result

@@ -19,11 +19,12 @@ from torch import Tensor, fx, nn
 from ..errors import CheckpointError, SteppingError
 from ..files.graphs import DAMAGE, checked, decode, decode_call, encode, encode_call, plain_name, read_dtype
 from ..files.headers import EngineHeader, Probe, validated
-from ..files.probe import compare_scores, probe_images, quiet
+from ..files.probe import compare_outputs, probe_images, probe_names, quiet
 from ..graph.describe import draws
 from ..graph.device import usable_device
+from ..graph.structure import Structure
 from ..tensorfile import ENGINE, checked_path, not_finite, pack_header, read_file, write_tensors
-from .emit import IMAGE, SCORES, StepProgram
+from .emit import IMAGE, StepProgram, output_names
 from .kernels import KERNELS
 from .plan import BatchAxis
 from .program_set import ProgramSet
@@ -54,8 +55,7 @@ def save_engine(engine: ProgramSet, path: str | os.PathLike[str]) -> None:
             "an earlier net."
         )
     scores = _probe_scores(engine, _PROBE)
-    if scores is not None:
-        tensors["probe"] = scores
+    tensors.update(zip(probe_names(engine.structure.count), scores or ()))
     header = {
         "format": ENGINE,
         "version": VERSION,
@@ -63,6 +63,7 @@ def save_engine(engine: ProgramSet, path: str | os.PathLike[str]) -> None:
         "dtype": plain_name(engine.dtype),
         "macs": list(engine.macs),
         "cache_axes": {name: None if axis is None else list(axis) for name, axis in engine.cache_axes.items()},
+        "structure": engine.structure.described(),
         "programs": programs,
         "versions": {"torch": torch.__version__},
         "probe": _PROBE.model_dump() if scores is not None else None,
@@ -75,22 +76,22 @@ def save_engine(engine: ProgramSet, path: str | os.PathLike[str]) -> None:
     write_tensors(path, tensors, pack_header(header))
 
 
-def _probe_scores(engine: ProgramSet, probe: Probe) -> Tensor | None:
-    """Scores (N, B, classes); None where they would say nothing: random, or no numbers."""
+def _probe_scores(engine: ProgramSet, probe: Probe) -> list[Tensor] | None:
+    """Outputs of all subnets, (N, ...) each; None where they would say nothing: random, or no numbers."""
     if any(draws(program.module.graph) for program in engine.programs):
         return None
     images = probe_images(probe, engine.image_size, engine.dtype).to(engine.device)
 
-    def compute() -> Tensor:
+    def compute() -> list[Tensor]:
         caches = {IMAGE: images}
         with torch.inference_mode():
             for program in engine.programs:
                 results = program.module.forward(*[caches[name] for name in program.inputs])
                 caches.update(zip(program.outputs, results, strict=True))
-                scores.append(caches[SCORES].clone())
-        return torch.stack(scores)
+                scores.append([caches[name].clone() for name in output_names(engine.structure.count)])
+        return [torch.stack(outputs) for outputs in zip(*scores, strict=True)]
 
-    scores: list[Tensor] = []
+    scores: list[list[Tensor]] = []
     return quiet(compute)
 
 
@@ -139,6 +140,7 @@ def read_engine(path: str | os.PathLike[str], device: str | torch.device | None 
             device,
             {name: None if axis is None else BatchAxis(*axis) for name, axis in header.cache_axes.items()},
             header.metadata,
+            Structure.from_description(header.structure),
         )
         _check_caches(engine)
         _check_tensors(header, tensors)
@@ -153,7 +155,8 @@ def read_engine(path: str | os.PathLike[str], device: str | torch.device | None 
 def _check_tensors(header: EngineHeader, tensors: Mapping[str, Tensor]) -> None:
     if broken := not_finite(tensors):
         raise CheckpointError(f"{broken}: weights that are not finite numbers.")
-    if header.probe is not None and "probe" not in tensors:
+    names = probe_names(Structure.from_description(header.structure).count)
+    if header.probe is not None and not tensors.keys() >= set(names):
         raise ValueError("the stored scores are missing")
 
 
@@ -161,13 +164,15 @@ def _check_scores(engine: ProgramSet, header: EngineHeader, tensors: Mapping[str
     """Run all steps once: whatever a file asks for that cannot run is found here and not in a session."""
     random = any(draws(program.module.graph) for program in engine.programs)
     scores = _probe_scores(engine, header.probe or _PROBE)
-    classes = None if scores is None else scores.shape[-1]
+    is_scores = scores is not None and engine.structure.is_tensor and scores[0].dim() == 3
+    classes = scores[0].shape[-1] if scores and is_scores else None
     if problem := engine.metadata.problem(engine.image_size, engine.num_subnets, classes):
         raise CheckpointError(f"damaged: {problem}.")
     runs_everywhere = engine.dtype in (torch.float32, torch.float64)
     if scores is None and not random and (header.probe is not None or runs_everywhere):
         raise ValueError("its steps cannot run, or give scores that are no numbers")
-    if header.probe is not None and scores is not None and (problem := compare_scores(tensors["probe"], scores)):
+    stored = [tensors[name] for name in probe_names(engine.structure.count)] if header.probe is not None else []
+    if stored and scores is not None and (problem := compare_outputs(stored, scores)):
         raise CheckpointError(f"the engine computes something else than when it was saved: {problem}.")
 
 
@@ -237,7 +242,8 @@ def _check_caches(engine: ProgramSet) -> None:
         macs += program.macs
         missing = set(program.inputs) - available
         available |= set(program.outputs)
-        if missing or SCORES not in program.outputs or not set(program.released) <= available or macs != total:
+        outputs = set(output_names(engine.structure.count))
+        if missing or not outputs <= set(program.outputs) or not set(program.released) <= available or macs != total:
             raise ValueError(f"step {program.level} does not fit the steps before it")
         available -= set(program.released)
     unknown = {name for program in engine.programs for name in program.outputs} - set(engine.cache_axes)

@@ -7,6 +7,7 @@ into those behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ def fold_batch_norms(program: Program) -> Program:
     graph.output(output)
     for old, new in mapped.items():
         new.meta = dict(old.meta)
-    folded = Program(graph, mapped[program.image], program.training, dict(program.constants), list(program.mutations))
+    folded = replace(program, graph=graph, image=mapped[program.image], constants=dict(program.constants))
     for node in list(graph.nodes):
         if node.op != "call_function" or is_static(node):
             continue
-        if _passes_on(node) and node is not folded.output:
+        if _passes_on(node) and node not in folded.outputs:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
         elif op_name(node) == "batch_norm":

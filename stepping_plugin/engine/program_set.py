@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..files.metadata import Metadata
+from ..graph.structure import ONE_TENSOR, Structure
 from .emit import StepProgram
 from .plan import BatchAxis
 
@@ -26,6 +27,7 @@ class ProgramSet:
         dtype, device: of images and scores.
         cache_axes: where the samples are, per cache name; None where a cache does not depend on the batch.
         metadata: classes, preprocessing, calibrated exit and provenance, as far as they are known.
+        structure: how the outputs are put together.
     """
 
     programs: list[StepProgram]
@@ -35,6 +37,7 @@ class ProgramSet:
     device: torch.device
     cache_axes: dict[str, BatchAxis | None]
     metadata: Metadata = field(default_factory=Metadata)
+    structure: Structure = ONE_TENSOR
 
     @property
     def num_subnets(self) -> int:

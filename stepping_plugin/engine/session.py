@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import SteppingError, explain
-from .emit import IMAGE
+from ..graph.structure import Structure
+from .emit import IMAGE, output_names
 from .plan import BatchAxis
+from .rows import take_rows
 
 __all__ = ["Session"]
 
@@ -20,11 +22,12 @@ class Stepper(Protocol):
 
     macs: list[int]
     cache_axes: dict[str, BatchAxis | None]
+    structure: Structure
 
     @property
     def num_subnets(self) -> int: ...
 
-    def run_step(self, level: int, caches: dict[str, Tensor]) -> Tensor: ...
+    def run_step(self, level: int, caches: dict[str, Tensor], samples: int) -> list[Tensor]: ...
 
 
 class Session:
@@ -37,7 +40,8 @@ class Session:
         self._engine = engine
         self._lock = threading.RLock()
         self._caches: dict[str, Tensor] = {IMAGE: images if borrow else images.clone()}
-        self._history: tuple[Tensor, ...] = ()
+        self._size = len(images)
+        self._history: tuple[list[Tensor], ...] = ()  # the outputs of every subnet
         self.step()
 
     # ------------------------------------------------------------------------------------------ results
@@ -48,17 +52,22 @@ class Session:
         return len(self._history)
 
     @property
-    def logits(self) -> Tensor:
-        """Class scores (B, classes) of `subnet`."""
-        return self._history[-1]
+    def outputs(self) -> Any:
+        """What the model returns, from `subnet`: class scores (B, classes), or whatever it returns else."""
+        return self._engine.structure.build(self._history[-1])
 
     @property
-    def history(self) -> tuple[Tensor, ...]:
-        """Class scores (B, classes) of subnets 1..`subnet`, for the samples that are still in the session."""
-        return self._history
+    def logits(self) -> Any:
+        """Class scores (B, classes) of `subnet`; another name of `outputs`."""
+        return self.outputs
 
-    def logits_of(self, subnet: int) -> Tensor:
-        """Class scores (B, classes) of a subnet that has run: going back down costs nothing."""
+    @property
+    def history(self) -> tuple[Any, ...]:
+        """Outputs of subnets 1..`subnet`, for the samples that are still in the session."""
+        return tuple(self._engine.structure.build(outputs) for outputs in self._history)
+
+    def logits_of(self, subnet: int) -> Any:
+        """Class scores (B, classes), or other outputs, of a subnet that has run: going back down costs nothing."""
         if isinstance(subnet, bool) or not isinstance(subnet, int) or not 1 <= subnet <= self.subnet:
             raise SteppingError(
                 explain(
@@ -68,7 +77,7 @@ class Session:
                     action="Call step() first.",
                 )
             )
-        return self._history[subnet - 1]
+        return self._engine.structure.build(self._history[subnet - 1])
 
     @property
     def macs(self) -> int:
@@ -78,7 +87,7 @@ class Session:
     @property
     def batch_size(self) -> int:
         """Number of samples that are still in the session."""
-        return len(self._history[-1]) if self._history else len(self._caches[IMAGE])
+        return self._size
 
     @property
     def cache_bytes(self) -> int:
@@ -96,11 +105,11 @@ class Session:
 
     # ------------------------------------------------------------------------------------------ acting
 
-    def step(self) -> Tensor:
+    def step(self) -> Any:
         """Run the next subnet's new units.
 
         Returns:
-            Class scores (B, classes) of the next subnet.
+            Class scores (B, classes), or other outputs, of the next subnet.
 
         Raises:
             SteppingError: the last subnet has run already.
@@ -111,11 +120,11 @@ class Session:
                     f"Subnet {self.subnet} of {self._engine.num_subnets} has run; there is no larger one. "
                     "Check session.subnet before stepping, or iterate over engine.steps(x)."
                 )
-            scores = self._engine.run_step(self.subnet + 1, self._caches)
+            outputs = self._engine.run_step(self.subnet + 1, self._caches, self._size)
             if self.subnet + 1 == self._engine.num_subnets:
                 self._caches.clear()
-            self._history = (*self._history, scores)
-            return scores
+            self._history = (*self._history, outputs)
+            return self.outputs
 
     def keep(self, mask: Tensor) -> None:
         """Go on with some of the samples only; what the session holds for the others is dropped.
@@ -133,8 +142,12 @@ class Session:
             size, kept = len(mask), torch.nonzero(mask).flatten()
             with torch.inference_mode():
                 axes = self._engine.cache_axes
-                self._caches = {name: _rows(c, axes[name], size, kept) for name, c in self._caches.items()}
-            self._history = tuple(scores.index_select(0, kept) for scores in self._history)
+                self._caches = {name: take_rows(c, axes[name], size, kept) for name, c in self._caches.items()}
+            own = [axes[name] for name in output_names(self._engine.structure.count)]
+            self._history = tuple(
+                [take_rows(output, axis, size, kept) for output, axis in zip(outputs, own)] for outputs in self._history
+            )
+            self._size = len(kept)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise SteppingError(
@@ -149,18 +162,4 @@ class Session:
             raise SteppingError(explain("wrong mask", where="keep", got=got, expected=f"torch.bool of shape ({size},)"))
         if not bool(mask.any()):
             raise SteppingError("keep: the mask keeps no sample. Drop the session instead.")
-        return mask.to(self._history[-1].device)
-
-
-def _rows(cache: Tensor, place: BatchAxis | None, size: int, kept: Tensor) -> Tensor:
-    """The kept samples of a cache."""
-    if place is None:
-        return cache
-    axis = place.axis
-    if cache.shape[axis] != size:
-        parts = cache.unflatten(axis, (place.outer, size, -1))
-        return parts.index_select(axis + 1, kept).flatten(axis, axis + 2)
-    if cache.dim() == 4 and not cache.is_contiguous():  # laid out as (B, H, W, C), which should stay so
-        order, back = (0, 2, 3, 1), (0, 3, 1, 2)
-        return cache.permute(order).index_select(order.index(axis), kept).permute(back)
-    return cache.index_select(axis, kept)
+        return mask.to(self._history[-1][0].device)

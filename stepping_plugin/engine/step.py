@@ -11,10 +11,15 @@ from torch import Tensor, fx, nn
 from ..graph.operands import Operands
 from .plan import Plan
 
-__all__ = ["IMAGE", "SCORES", "StepGraph"]
+__all__ = ["IMAGE", "StepGraph", "output_names"]
 
 aten = torch.ops.aten
 IMAGE, SCORES = "image", "scores"
+
+
+def output_names(count: int) -> list[str]:
+    """Caches that hold the outputs of a step: "scores" if there is one, else "output.0", "output.1", ..."""
+    return [SCORES] if count == 1 else [f"output.{k}" for k in range(count)]
 
 
 class StepGraph(Operands):
@@ -36,6 +41,7 @@ class StepGraph(Operands):
         self.sources: dict[str, fx.Node] = {}
         self.batches: dict[int, fx.Node] = {}
         self.tensors: dict[tuple, fx.Node] = {}
+        self.output_names = output_names(plan.program.structure.count)
 
     def _is_available(self, node: fx.Node) -> bool:
         return node in self.values or (node is self.plan.program.image and self.level == 1)
@@ -129,7 +135,7 @@ class StepGraph(Operands):
     def batch(self, factor: int) -> fx.Node:
         if factor not in self.batches:
             if 1 not in self.batches:
-                anchor = self.cache(IMAGE, self.plan.program.image) if self.level == 1 else self._previous_scores()
+                anchor = self.cache(IMAGE, self.plan.program.image) if self.level == 1 else self._previous_output()
                 with self.graph.inserting_after(anchor):
                     self.batches[1] = self.graph.call_function(aten.sym_size.int, (anchor, 0))
             if factor != 1:
@@ -137,8 +143,12 @@ class StepGraph(Operands):
                     self.batches[factor] = self.graph.call_function(operator.mul, (self.batches[1], factor))
         return self.batches[factor]
 
-    def _previous_scores(self) -> fx.Node:
-        return self.cache(SCORES, self.plan.program.output)
+    def _previous_output(self) -> fx.Node:
+        """What the last step left that has one sample per image on its first axis."""
+        for name, node in zip(self.output_names, self.plan.program.outputs):
+            if node.meta.get("batch_axis") == 0 and node.meta["shape"][0] == 1:
+                return self.cache(name, node)
+        return self.cache(IMAGE, self.plan.program.image)
 
     # -- prefixes
 

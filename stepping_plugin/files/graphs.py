@@ -42,7 +42,8 @@ _LARGEST = 2**28  # numbers in one value of a step program
 _FURTHER = {
     "_native_batch_norm_legit_no_training", "_softmax", "_upsample_bicubic2d_aa.vec", "_upsample_bilinear2d_aa.vec",
     "_weight_norm", "addmm", "arange", "arange.start",
-    "arange.start_step", "baddbmm", "eye", "full", "gather", "grid_sampler_2d", "max_pool2d_with_indices", "mm",
+    "arange.start_step", "baddbmm", "eye", "full", "gather", "grid_sampler_2d", "index_copy",
+    "max_pool2d_with_indices", "mm",
     "native_group_norm", "native_layer_norm", "norm.ScalarOpt_dim", "one_hot", "ones", "scalar_tensor", "sort",
     "split.Tensor", "split_with_sizes", "sum.dim_IntList", "sym_size.int", "topk", "tril", "triu", "unbind.int",
     "var_mean.correction", "zeros",

@@ -88,6 +88,7 @@ class StoredAnalysis(_Strict):
     nodes: list[dict[str, Any]]
     constants: dict[str, Count]
     mutations: list[str]
+    structure: Any = None  # None: one tensor, see `graph.structure`
     num_units: Count
     pins: list[Annotated[list[str | int], Field(min_length=4, max_length=4)]]
     unknown: dict[str, Count]
@@ -151,6 +152,7 @@ class EngineHeader(_Strict):
     dtype: DType
     macs: Annotated[list[Count], Field(min_length=1, max_length=1000)]
     cache_axes: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)] | None]
+    structure: Any = None  # None: one tensor, see `graph.structure`
     programs: list[dict[str, Any]]
     versions: dict[str, str]
     probe: Probe | None = None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .headers import Probe
 
-__all__ = ["compare_scores", "probe_images", "quiet"]
+__all__ = ["compare_outputs", "probe_images", "probe_names", "quiet", "stored_probe"]
 
 # Largest difference that other machines and versions may make, relative to the largest score.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.2, torch.bfloat16: 0.2}
@@ -25,8 +25,24 @@ def probe_images(probe: Probe, image_size: tuple[int, ...], dtype: torch.dtype) 
     return values.view(probe.batch, *image_size).to(dtype)
 
 
-def compare_scores(expected: Tensor, got: Tensor) -> str | None:
-    """What is wrong with scores (N, B, classes), if anything."""
+def probe_names(outputs: int) -> list[str]:
+    """Tensors of a file that hold what the outputs were for the images, one per output."""
+    return ["probe"] if outputs == 1 else [f"probe.{k}" for k in range(outputs)]
+
+
+def stored_probe(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of `probe_names` that a file must have, to be judged by those that it has."""
+    return probe_names(max(1, sum(name.startswith("probe.") for name in tensors)))
+
+
+def compare_outputs(expected: Sequence[Tensor], got: Sequence[Tensor]) -> str | None:
+    """What is wrong with the outputs of all subnets, (N, ...) each, if anything."""
+    if len(expected) != len(got):
+        return f"{len(got)} outputs, expected {len(expected)}"
+    return next(filter(None, map(_compare, expected, got)), None)
+
+
+def _compare(expected: Tensor, got: Tensor) -> str | None:
     if expected.shape != got.shape or expected.dtype != got.dtype:
         return f"scores {tuple(got.shape)} in {got.dtype}, expected {tuple(expected.shape)} in {expected.dtype}"
     scale = float(expected.double().abs().max()) if expected.numel() else 0.0
@@ -38,11 +54,11 @@ def compare_scores(expected: Tensor, got: Tensor) -> str | None:
     return f"scores of subnet {first} differ by {float(gap.max()):.3g}, the largest is {scale:.3g}"
 
 
-def quiet(compute: Callable[[], Tensor]) -> Tensor | None:
-    """Scores on the CPU, computed without gradients and casts; None if they are no numbers or this type cannot run."""
+def quiet(compute: Callable[[], Sequence[Tensor]]) -> list[Tensor] | None:
+    """Outputs on the CPU, computed without gradients and casts; None if they are no numbers or this type cannot run."""
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            scores = compute().detach().cpu()
+            scores = [output.detach().cpu() for output in compute()]
     except (RuntimeError, NotImplementedError):
         return None
-    return scores if bool(scores.isfinite().all()) else None
+    return scores if all(bool(output.isfinite().all()) for output in scores) else None

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import CaptureError, explain
+from ..errors import CaptureError
 from .batch import BATCH, depends_on_batch, takes_part_of_batch
 from .decompositions import DECOMPOSITIONS
-from .diagnosis import capture_failure, changed_parameter, part_of_batch, refuse_data_dependence
+from .diagnosis import capture_failure, changed_parameter, no_tensors, part_of_batch, refuse_data_dependence
 from .peephole import fuse_shuffles
 from .program import (
     Program,
@@ -31,6 +31,7 @@ from .program import (
     op_name,
     static_value,
 )
+from .structure import Structure
 
 __all__ = ["BATCH", "capture"]
 
@@ -41,12 +42,12 @@ def capture(model: nn.Module, image_size: tuple[int, ...], training: bool = Fals
     """Trace one mode of a model.
 
     Args:
-        model: takes one image batch and returns class scores; its training flags are restored afterwards.
+        model: takes one image batch and returns tensors; its training flags are restored afterwards.
         image_size: (C, H, W) of one image.
         training: capture the train-mode graph (batch statistics, dropout, drop path) instead of the eval one.
 
     Raises:
-        CaptureError: the tracer cannot follow the model (data-dependent control flow, several outputs, ...).
+        CaptureError: the tracer cannot follow the model (data-dependent control flow, an unknown class as result, ...).
     """
     modes = {m: m.training for m in model.modules()}
     model.train()  # lets modules drop what they keep for inference: a cached table would hide its parameters
@@ -212,20 +213,13 @@ class _Canonicaliser:
                     kept_mutations.append((mutated[out.name], self.values[out]))
             else:
                 results.append(out)
-        tensors = [out for out in results if isinstance(out, fx.Node)]
-        if len(results) != 1 or not tensors:
-            mode = "train" if self.program.training else "eval"
-            raise CaptureError(
-                explain(
-                    "not a classifier of images",
-                    where=f"{type(self.model).__name__}.forward in {mode} mode",
-                    got=f"{len(tensors)} tensors as its result",
-                    expected="one tensor of class scores (B, classes)",
-                    action="Wrap the model in a module that returns nothing else.",
-                )
-            )
+        if not any(isinstance(out, fx.Node) for out in results) or depends_on_batch(results):
+            raise no_tensors(self.model, results, self.program.training)
+        fixed = {k: out for k, out in enumerate(results) if not isinstance(out, fx.Node)}
+        self.program.structure = Structure(self.exported.call_spec.out_spec, fixed)
         self.program.mutations = [name for name, _ in kept_mutations]
-        self.graph.output((self.values[results[0]], *[value for _, value in kept_mutations]))
+        leaving = [self.values[out] for out in results if isinstance(out, fx.Node)]
+        self.graph.output((*leaving, *[value for _, value in kept_mutations]))
 
     # -- operators
 

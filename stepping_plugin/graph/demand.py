@@ -1,4 +1,4 @@
-"""Which parts of the tensors of a labelled program some class score depends on.
+"""Which parts of the tensors of a labelled program some output depends on.
 
 A unit of level s is of use only if something of level s or above reads it. `needed_levels` says, for one level vector,
 which level's share of every tensor the step programs of the engine have to compute, so that MACs can be charged for
@@ -21,7 +21,7 @@ __all__ = ["dead_ends", "needed_levels"]
 
 
 def needed_levels(program: Program, levels: Tensor, n: int) -> dict[fx.Node, set[int]]:
-    """Per tensor of the program the levels whose share of it some class score of subnets 1..n depends on.
+    """Per tensor of the program the levels whose share of it some output of subnets 1..n depends on.
 
     Args:
         program: annotated (`units.analyse`).
@@ -37,7 +37,8 @@ class _Demand:
         self.needed: dict[fx.Node, set[int]] = {}
 
     def of(self, program: Program) -> dict[fx.Node, set[int]]:
-        self._need(program.output, range(1, self.n + 1))
+        for output in program.outputs:
+            self._need(output, range(1, self.n + 1))
         for node in reversed(list(program.operators())):
             if self.needed.get(node):
                 self._spread(node)
@@ -125,7 +126,7 @@ def dead_ends(programs: Iterable[Program], num_units: int) -> Tensor:
 def _useful(program: Program, num_units: int) -> Iterator[Tensor]:
     """Per node the units of it that something above level 1 reads."""
     nothing = torch.zeros(num_units, dtype=torch.bool)
-    wanted: dict[fx.Node, Tensor] = {program.output: ~nothing}
+    wanted: dict[fx.Node, Tensor] = {output: ~nothing for output in program.outputs}
     for node in reversed(list(program.operators())):
         own = wanted.get(node)
         role = node.meta.get("role")

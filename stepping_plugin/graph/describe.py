@@ -49,11 +49,12 @@ class _Description:
         self.constants = 0
 
     def run(self) -> tuple[list[str], list[list[float]]]:
-        results: Any = self.program.graph.output_node().args[0]
-        for result in results:
+        program = self.program
+        for result in (*program.outputs, *program.mutated):
             self._visit(result)
-        named = [f"{name}={self._value(v)}" for name, v in zip(self.program.mutations, results[1:])]
-        self.lines.append(f"|output({', '.join([self._value(results[0]), *named])})")
+        returned = program.structure.build([self._value(v) for v in program.outputs])
+        named = [f"{name}={self._value(v)}" for name, v in zip(program.mutations, program.mutated)]
+        self.lines.append(f"|output({', '.join([str(returned), *named])})")
         return self.lines, self.sketches
 
     def _visit(self, result: fx.Node) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +15,7 @@ from torch import Tensor, fx, nn
 from ..errors import CaptureError, explain
 from .program import op_name
 
-__all__ = ["capture_failure", "changed_parameter", "part_of_batch", "refuse_data_dependence"]
+__all__ = ["capture_failure", "changed_parameter", "no_tensors", "part_of_batch", "refuse_data_dependence"]
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parents[1])
@@ -39,6 +41,11 @@ def capture_failure(model: nn.Module, image_size: tuple[int, ...], error: Except
     ):
         what = f"{name} has control flow that depends on the values of a tensor (a condition, a loop bound or an index)"
         return CaptureError(explain(what, where=place, action=_REWRITE))
+    if unknown := re.search(r"Found <class '([\w.<>]+)'> in output", text):
+        kind = unknown[1].rpartition(".")[2]
+        what = f"{name} returns a {unknown[1]}, in which torch.export cannot find the tensors"
+        action = f"Call torch.export.register_dataclass({kind}) once before the conversion, or return a dict or tuple."
+        return CaptureError(explain(what, action=action))
     if ".numpy()" in text:
         what = f"{name} leaves torch for numpy, where nothing can be traced"
         return CaptureError(explain(what, where=place, action="Write that part with torch operators."))
@@ -76,6 +83,20 @@ def changed_parameter(
         "functional.conv2d or a torch.nn.utils.parametrize parametrization, or change it in the training loop."
     )
     return CaptureError(explain(what, where=place, action=action))
+
+
+def no_tensors(model: nn.Module, results: Sequence[Any], training: bool) -> CaptureError:
+    """The error for a model whose result holds no tensor, or numbers that change with the batch."""
+    listed = [r for r in results if not isinstance(r, fx.Node)]
+    return CaptureError(
+        explain(
+            "the result is no tensor, nor a structure of tensors and constants",
+            where=f"{type(model).__name__}.forward in {'train' if training else 'eval'} mode",
+            got=f"numbers that depend on the batch size ({listed})" if len(listed) < len(results) else f"{listed}",
+            expected="a tensor, or a tuple, list, dict or dataclass of tensors",
+            action="Wrap the model in a module that returns its tensors and nothing else.",
+        )
+    )
 
 
 def part_of_batch(model: nn.Module, node: fx.Node) -> CaptureError:

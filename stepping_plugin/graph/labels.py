@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from ..errors import CaptureError, explain
+from ..errors import CaptureError
 from .program import Program, call_arg, is_static, op_name, tensor_inputs
 from .unionfind import PINNED, UnionFind
 
@@ -34,7 +34,7 @@ class Role:
     CHANNELS = "channels"  # weight between input units and output units: masked
     GROUPED = "grouped"  # grouped convolution: a group is a unit, input and output together
     CARRIED = "carried"  # weight applied along another axis, once per unit (token mixing)
-    HEAD = "head"  # classifier: its output accumulates over the levels
+    HEAD = "head"  # last weight before scores leave the model: its result accumulates over the levels
     PREFIX_NORM = "prefix norm"  # statistics over the channels of levels <= s
     PREFIX_REDUCE = "prefix reduce"  # mean, max or norm over the channels of levels <= s: a value per level
     TAPS = "taps"  # one-channel convolution that slides over the channels (ECA)
@@ -204,18 +204,16 @@ def propagate(
     """Label all nodes of the programs (train and eval graph of one model share units through their weights).
 
     Args:
-        programs: captured graphs of one model.
+        programs: captured graphs of one model, with their heads marked (`outputs.mark_heads`).
         rule_of: gives the label rule of a node's operator.
         tie: joins further labels whenever the rules have settled, called with the operator nodes.
 
     Raises:
-        CaptureError: the model has no classifier (no linear or convolution on the way to its output).
+        CaptureError: a defect of this package.
     """
     labels = Labels()
-    for program in programs:
-        for head in find_heads(program):
-            labels.role[head] = Role.HEAD
     nodes = [node for program in programs for node in program.operators()]
+    labels.role = {node: Role.HEAD for node in nodes if node.meta.get("head")}
     for program in programs:
         labels.raw[program.image] = torch.zeros([1] * len(program.image.meta["shape"]), dtype=torch.long)
     for _ in range(MAX_PASSES):
@@ -224,53 +222,12 @@ def propagate(
             _label(labels, node, rule_of)
         if labels.sets.version == version:
             _one_axis_per_tensor(labels, nodes)
+            _outputs_beside_batch(labels, programs)
         if labels.sets.version == version and tie:
             tie(labels, nodes)
         if labels.sets.version == version:
             return labels
     raise CaptureError(f"Labelling did not settle after {MAX_PASSES} passes; please report the model.")
-
-
-def find_heads(program: Program) -> set[fx.Node]:
-    """Classifiers: the last linear or convolution on every path to the output."""
-    heads: set[fx.Node] = set()
-    behind: list[fx.Node] = []
-    pending, seen = [program.output], set()
-    while pending:
-        node = pending.pop()
-        if node in seen or is_static(node):
-            continue
-        seen.add(node)
-        if op_name(node) in HEAD_OPERATORS:
-            heads.add(node)
-        else:
-            behind.append(node)
-            pending.extend(tensor_inputs(node))
-    norms = [n for n in behind if op_name(n) in ("batch_norm", "layer_norm", "group_norm")]
-    if not heads or norms or len(program.output.meta["shape"]) != 2 or program.image in behind:
-        raise CaptureError(_no_classifier(program.output, bool(norms), bool(heads)))
-    return heads
-
-
-def _no_classifier(output: fx.Node, normalised: bool, scores: bool) -> str:
-    shape, batch = list(output.meta["shape"]), output.meta.get("batch_axis")
-    listed = ", ".join("B" if d == batch else str(size) for d, size in enumerate(shape))
-    if len(shape) != 2 and scores and not normalised:
-        return explain(
-            "several scores per image",
-            where="the model's output",
-            got=f"shape ({listed})",
-            expected="class scores (B, classes)",
-            action="Wrap the model in a module that reduces them to one row per image, for example by their mean.",
-        )
-    return (
-        f"The model has no classifier: its output has shape ({listed}) and "
-        + ("is normalised features" if normalised else "does not come from a linear or convolution")
-        + ". Class scores (B, classes) are expected; create the model with num_classes > 0."
-    )
-
-
-HEAD_OPERATORS = {"linear", "conv2d", "conv1d", "addmm", "mm"}
 
 
 def _label(labels: Labels, node: fx.Node, rule_of: Callable[[fx.Node], Rule | None]) -> None:
@@ -320,6 +277,14 @@ def _one_axis_per_tensor(labels: Labels, nodes: list[fx.Node]) -> None:
             left = labels.sets.find(label)
             lowest, highest = left.amin(others), left.amax(others)
             labels.pin(highest[lowest != highest], node, "units and pinned channels lie across two axes")
+
+
+def _outputs_beside_batch(labels: Labels, programs: list[Program]) -> None:
+    """Units that leave a model stay at level 1 where they share an axis with the batch."""
+    for node in (n for program in programs for n in program.outputs if n in labels.raw):
+        axis = labelled_axis(units_only(labels.of(node)))
+        if axis is not None and axis == node.meta.get("batch_axis"):
+            labels.pin(labels.of(node), node, "an output with batch and units on one axis")
 
 
 def units_only(labels: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def _split_linear(program: Program, node: fx.Node, pieces: list[fx.Node], behind
             part.meta = dict(node.meta)
             if total is not None:
                 part = program.graph.call_function(aten.add.Tensor, (total, part))
-                part.meta = dict(node.meta)
+                part.meta = {**node.meta, "head": False}
             total, start = part, start + size
     assert total is not None
     if node in behind:

@@ -38,7 +38,7 @@ def weighted(labels: Labels, node: fx.Node) -> Tensor | None:
     groups = 1 if op_name(node) == "linear" else call_arg(node, "groups", 1)
     label = labels.of(source)
     if labels.role.get(node) == Role.HEAD:
-        return _head(labels, node, label, axis, groups)
+        return _head(labels, node, label, axis)
     if source in labels.per_level:
         labels.per_level.add(node)
         return free(node)
@@ -58,9 +58,11 @@ def weighted(labels: Labels, node: fx.Node) -> Tensor | None:
     return _channels(labels, node, label, axis)
 
 
-def _head(labels: Labels, node: fx.Node, label: Tensor, axis: int, groups: int) -> Tensor:
+def _head(labels: Labels, node: fx.Node, label: Tensor, axis: int) -> Tensor:
     elsewhere = [d for d in range(label.dim()) if d != axis and label.shape[d] > 1]
-    if elsewhere or groups > 1:
+    if elsewhere and label.shape[axis] > 1:  # channels spread over positions, as by a pixel shuffle
+        labels.merge(label, elsewhere)
+    elif elsewhere:
         labels.pin(label, node, "the classifier reads units along another axis than its channels")
     labels.per_level.add(node)
     return free(node)

@@ -1,4 +1,4 @@
-"""A captured model: a functional, single-output ATen graph whose tensors are named.
+"""A captured model: a functional ATen graph of one result per node, whose tensors are named.
 
 Every other part of the package reads models through `Program`: the labels live on its nodes, and the nested
 training form, the standalone subnets and the step programs of the engine are rewrites of its graph.
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from .structure import ONE_TENSOR, Structure
 
 __all__ = [
     "Program", "add_constant", "batch_hint", "call_arg", "is_random", "is_static", "op_name", "random_operators",
@@ -31,12 +33,13 @@ class Program:
     times the batch size, k as value).
 
     Attributes:
-        graph: nodes with exactly one output each; the output node returns `(logits, *mutated buffers)`.
+        graph: nodes with exactly one result each; the output node returns `(*outputs, *mutated buffers)`.
         image: the placeholder of the input, shape (1, C, H, W).
         constants: tensors that the model's code made itself (lifted by the tracer), by name.
         mutations: names of the buffers that the extra outputs update, in output order.
         training: whether the graph was captured in train mode.
         other_mode: paths of modules that were captured in the other mode: frozen parts of a model in train mode.
+        structure: how the model puts its outputs together.
     """
 
     graph: fx.Graph
@@ -45,11 +48,23 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     mutations: list[str] = field(default_factory=list)
     other_mode: frozenset[str] = frozenset()
+    structure: Structure = ONE_TENSOR
 
     @property
-    def output(self) -> fx.Node:
-        """The node that computes the class scores."""
-        return self.graph.output_node().args[0][0]
+    def outputs(self) -> list[fx.Node]:
+        """The tensors that leave the model, in the order of its structure; one may leave it twice."""
+        return list(self.graph.output_node().args[0][: self.structure.count])
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of class scores, if the result is class scores (B, classes) and nothing else."""
+        shape = self.outputs[0].meta["shape"]
+        return int(shape[1]) if self.structure.is_tensor and len(shape) == 2 else None
+
+    @property
+    def mutated(self) -> list[fx.Node]:
+        """New values of the buffers in `mutations`."""
+        return list(self.graph.output_node().args[0][self.structure.count :])
 
     def tensor_nodes(self) -> Iterator[fx.Node]:
         """Placeholders of parameters, buffers and constants, in order."""
@@ -84,7 +99,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def random_operators(program: Program) -> list[str]:
-    """What draws random numbers on the way to the scores, `operator in module`, each once."""
+    """What draws random numbers on the way to the outputs, `operator in module`, each once."""
     drawing = (n for n in program.operators() if is_random(n))
     return list(dict.fromkeys(f"{op_name(n)} in {n.meta.get('module') or 'forward'}" for n in drawing))
 

@@ -113,7 +113,8 @@ class _Slicer(Operands):
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 self.values[node] = self._operator(node)
-        self.graph.output(fx.node.map_arg(self.program.graph.output_node().args[0], lambda n: self.values[n]))
+        leaving = [self._completed(n) for n in self.program.outputs]
+        self.graph.output((*leaving, *[self.values[n] for n in self.program.mutated]))
         self.graph.eliminate_dead_code()
         return self.result
 
@@ -176,6 +177,26 @@ class _Slicer(Operands):
         created.meta = {key: inherited[key] for key in ("dtype", "module", "per_level")}
         created.meta.update(shape=tuple(shape), static=False, axis=None, units=None, role=None)
         return created
+
+    def _completed(self, node: fx.Node) -> fx.Node:
+        """An output of the size that it had: zeros where units are gone. Of the copies of a unit the first leaves."""
+        value = self.values[node]
+        if not self.changed(node):
+            return value
+        positions, axis, units = self.positions(node), node.meta["axis"], value.meta["units"]
+        places = torch.full((node.meta["shape"][axis],), len(positions))
+        places[positions.flip(0)] = torch.arange(len(positions)).flip(0)
+        rank, longer = len(node.meta["shape"]), torch.cat([units, units.new_tensor([-1])])
+        padded = self.graph.call_function(aten.constant_pad_nd.default, (value, [0, 0] * (rank - 1 - axis) + [0, 1]))
+        shape = list(value.meta["shape"])
+        shape[axis] += 1
+        padded.meta = {**value.meta, "role": None, "shape": tuple(shape), "units": longer}
+        constant = add_constant(self.result, "index", places)
+        whole = self.graph.call_function(aten.index_select.default, (padded, axis, constant))
+        whole.meta = {**padded.meta, "shape": node.meta["shape"], "units": longer[places]}
+        gone = places == len(positions)
+        whole.meta["gone"] = gone | node.meta.get("gone", gone)  # zero in every subnet
+        return whole
 
     # -- operators
 

@@ -3,7 +3,8 @@
 The rewritten graph has the same operators, except that
 - a weight between units is multiplied by its live mask (nesting rule: k -> j is live iff level[k] <= level[j]),
 - statistics over channels become prefix statistics,
-- the classifier is evaluated once per subnet on the channels of levels <= i; what follows it, too.
+- heads (the classifier) are evaluated once per subnet on the channels of levels <= i; what follows them, too;
+- units that leave the model do so once per subnet, with 0 in place of those above it.
 It depends on the units and on the number of subnets, not on the level vector: masks and level vectors are inputs, so
 that construction can move units without rebuilding anything.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, fx
 from ..graph.labels import Role
 from ..graph.program import Program, call_arg, op_name
 from ..graph.rules import reduced_axes
+from ..graph.structure import Structure
 from ..graph.weights import is_direct, weight_key
 from ..units.analysis import channel_axis
 from . import functional
@@ -34,13 +36,14 @@ class NestedGraph:
     """A nested forward function and what it takes.
 
     Attributes:
-        module: called with the image batch and then one tensor per entry of `inputs`; returns the class scores of all
-            subnets (n, B, classes), followed by new values of the buffers in `mutations`.
+        module: called with the image batch and then one tensor per entry of `inputs`; returns the outputs of all
+            subnets (n, ...), followed by new values of the buffers in `mutations`.
         inputs: ("tensor", parameter or buffer name), ("constant", name), ("mask", weight name) or
             ("levels", key of `level_vectors`).
         level_vectors: units per channel whose levels the function reads.
         constants: values of the "constant" inputs.
-        mutations: buffers that the extra outputs update.
+        mutations: buffers that the extra results update.
+        structure: how the outputs are put together.
     """
 
     module: fx.GraphModule
@@ -48,6 +51,7 @@ class NestedGraph:
     level_vectors: dict[str, Tensor]
     constants: dict[str, Tensor]
     mutations: list[str]
+    structure: Structure
 
 
 @dataclass
@@ -74,10 +78,8 @@ class _Builder:
                 self.values[node].meta["source"] = node
             elif node.op == "call_function":
                 self._operator(node)
-        output = self.program.graph.output_node().args[0]
-        levels = self._levels_of(output[0])
-        scores = levels[-1] if self.standalone else self.call(torch.stack, levels)
-        self.graph.output((scores, *[self.values[m] for m in output[1:]]))
+        leaving = [self._leaving(node) for node in self.program.outputs]
+        self.graph.output((*leaving, *[self.values[m] for m in self.program.mutated]))
         self.graph.eliminate_dead_code()
         for key, node in list(self.inputs.items()):
             if not node.users:
@@ -86,7 +88,18 @@ class _Builder:
         self.graph.lint()
         module = fx.GraphModule({}, self.graph)
         constants = {**self.program.constants, **self.constants}
-        return NestedGraph(module, list(self.inputs), self.level_vectors, constants, self.program.mutations)
+        return NestedGraph(
+            module, list(self.inputs), self.level_vectors, constants, self.program.mutations, self.program.structure
+        )
+
+    def _leaving(self, node: fx.Node) -> fx.Node:
+        """An output for all subnets, or for the one of a standalone network."""
+        if self.standalone:
+            return self._levels_of(node)[-1]
+        units = node.meta.get("units")
+        if node in self.per_level or units is None:
+            return self.call(torch.stack, self._levels_of(node))
+        return self.call(functional.leave, self.values[node], self.levels(units), self.n, node.meta["axis"])
 
     # -- small helpers
 
@@ -284,7 +297,7 @@ def build_nested(program: Program, n: int, standalone: bool = False) -> NestedGr
     Args:
         program: analysed, sliced to the units of the n subnets if `standalone`.
         n: number of subnets.
-        standalone: return the class scores (B, classes) of subnet n only, and expect weights whose dead synapses are 0
-            instead of multiplying masks.
+        standalone: return the outputs of subnet n only, and expect weights whose dead synapses are 0 instead of
+            multiplying masks.
     """
     return _Builder(program, n, standalone).run()

@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate_head", "pick_levels", "prefix_reduce", "prefix_taps", "shared_batch_norm", "tap_neighbours"]
+__all__ = [
+    "accumulate_head",
+    "leave",
+    "pick_levels",
+    "prefix_reduce",
+    "prefix_taps",
+    "shared_batch_norm",
+    "tap_neighbours",
+]
 
 
 def prefix_reduce(
@@ -116,6 +124,13 @@ def accumulate_head(x: Tensor, levels: Tensor, n: int, channel_axis: int) -> Ten
     shape = [1 if a != channel_axis else -1 for a in range(x.dim())]
     inside = torch.stack([(levels <= s).view(shape) for s in range(1, n + 1)])
     return (x.unsqueeze(0) * inside).flatten(0, 1)
+
+
+def leave(x: Tensor, levels: Tensor, n: int, channel_axis: int) -> Tensor:
+    """Units as an output of all subnets, (n, ...): channels above level s are 0 in subnet s, even where not finite."""
+    shape = [1 if a != channel_axis else -1 for a in range(x.dim())]
+    inside = torch.stack([(levels <= s).view(shape) for s in range(1, n + 1)])
+    return torch.where(inside, x, x.new_zeros(()))
 
 
 def tap_neighbours(positions: Tensor, width: int) -> Tensor:

@@ -19,7 +19,7 @@ from ..graph.labels import Role
 from ..graph.program import op_name
 from ..units.analysis import channel_axis
 from ..units.levels import channel_levels
-from .functional import accumulate_head
+from .functional import accumulate_head, leave
 from .net import NestedNet
 
 __all__ = ["FIRES", "Life", "Reading", "measure_life", "readings"]
@@ -49,17 +49,20 @@ class Life:
 
 @dataclass(frozen=True)
 class Reading:
-    """A place where units are read: `node` of the nested graph takes `source`, whose axis `axis` runs along `units`."""
+    """A place where units are read: `node` of the nested graph takes `source`, whose axis `axis` runs along `units`.
+
+    Without a `weight`, they leave the model there.
+    """
 
     node: fx.Node
     source: fx.Node
-    weight: fx.Node
+    weight: fx.Node | None
     axis: int
     units: Tensor
 
 
 def readings(graph: fx.Graph) -> list[Reading]:
-    """All convolutions, linears and classifiers of a nested graph that read units.
+    """All convolutions, linears and classifiers of a nested graph that read units, and the outputs that are units.
 
     A grouped convolution is a part of the units that it reads.
     """
@@ -67,6 +70,10 @@ def readings(graph: fx.Graph) -> list[Reading]:
     node: Any
     for node in graph.nodes:
         if node.op != "call_function":
+            continue
+        if node.target is leave:
+            source = node.args[0]
+            found.append(Reading(node, source, None, source.meta["axis"], source.meta["units"]))
             continue
         if node.target is accumulate_head:
             source, reader = node.args[0], next(iter(node.users))
@@ -118,8 +125,10 @@ def measure_life(
 
 def _strength(reading: Reading, weight: Tensor) -> Tensor:
     """Sum of the squared live weights of every channel read, float64 (channels,)."""
-    squares = weight.double().square()
     channels, transposed = len(reading.units), "transpose" in op_name(reading.node)
+    if reading.weight is None:
+        return torch.ones(channels, dtype=torch.float64)
+    squares = weight.double().square()
     axis = 0 if transposed else 1
     if weight.dim() > axis and weight.shape[axis] == channels:
         return squares.movedim(axis, 0).flatten(1).sum(1).cpu()
@@ -175,5 +184,6 @@ class _Watch(fx.Interpreter):
         for number in self.at.get(n, ()):
             reading, record = self.readings[number], self.records[number]
             record.add(self.env[reading.source], reading.axis)
-            record.weight = self.env[reading.weight]
+            if reading.weight is not None:
+                record.weight = self.env[reading.weight]
         return super().run_node(n)

@@ -93,8 +93,12 @@ class NestedModule(nn.Module):
         else:
             self.register_buffer(name, value, persistent=False)
 
-    def run(self, x: Tensor, training: bool | None = None) -> Tensor:
-        """Call the graph of a mode (None: the current one) and update the buffers that it changes (batch counters)."""
+    def run(self, x: Tensor, training: bool | None = None) -> Any:
+        """Call the graph of a mode (None: the current one) and update the buffers that it changes (batch counters).
+
+        Returns:
+            The outputs in the structure that the model has in that mode.
+        """
         own_mode = training is None
         training = self.training if training is None else training
         if not isinstance(x, Tensor) or x.layout != torch.strided:
@@ -108,14 +112,15 @@ class NestedModule(nn.Module):
             raise SteppingError("This net holds no graph for train mode: it was made for inference. Call eval() first.")
         graph = self._graphs[training]
         try:
-            result, *mutated = graph.module(x, *self._tensors(graph, training))
+            results = graph.module(x, *self._tensors(graph, training))
         except RuntimeError as error:
             self._check_type(x, error)
             raise
+        count = graph.structure.count
         with torch.no_grad():
-            for name, value in zip(graph.mutations, mutated):
+            for name, value in zip(graph.mutations, results[count:]):
                 self.model.get_buffer(name).copy_(value)
-        return result
+        return graph.structure.build(results[:count])
 
     def _check_type(self, x: Tensor, error: RuntimeError) -> None:
         """Whether images of another type or device than the weights are the reason of an error."""

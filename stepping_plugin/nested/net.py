@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..errors import SteppingError, expect, explain
 from ..files.headers import Contribution
 from ..files.metadata import Metadata
+from ..graph.structure import map_tensors
 from ..units.analysis import Analysis, restrict
+from ..units.levels import channel_levels
 from ..units.macs import MacModel
 from .module import NestedModule, sliced_copy
 from .subnet import Subnet, extract_subnet
@@ -32,7 +34,7 @@ class Assigned(Protocol):
 class NestedNet(NestedModule):
     """N nested subnets of one model.
 
-    Calling the net gives the class scores of `active_subnet`; `forward_all` gives those of all subnets in one pass.
+    Calling the net gives the outputs of `active_subnet`; `forward_all` gives those of all subnets in one pass.
     `model` holds the parameters under their original names.
 
     Args:
@@ -85,8 +87,7 @@ class NestedNet(NestedModule):
         if not isinstance(given, Metadata):
             got = type(given).__name__
             raise SteppingError(explain("wrong type", where="metadata", got=got, expected="files.metadata.Metadata"))
-        shape = next(iter(self.analysis.programs.values())).output.meta["shape"]
-        classes = int(shape[1]) if len(shape) == 2 else None
+        classes = next(iter(self.analysis.programs.values())).num_classes
         problem = metadata.problem(self.analysis.image_size, self.num_subnets, classes)
         if problem:
             raise SteppingError(explain(problem, where="metadata"))
@@ -103,6 +104,20 @@ class NestedNet(NestedModule):
     def levels(self) -> Tensor:
         """Level of every unit, LongTensor (num_units,) on the CPU: 1..N, N + 1 = spare."""
         return self.unit_levels.detach().cpu().clone()
+
+    @property
+    def output_levels(self) -> Any:
+        """The structure of the eval outputs with a level vector for each: LongTensor (C,), the first subnet that has
+        the channel (feature maps), N + 1 for none; None for outputs that are whole in every subnet (class scores).
+        """
+        program = self.analysis.eval_program
+        return program.structure.build([self._levels_of_output(node.meta) for node in program.outputs])
+
+    def _levels_of_output(self, facts: dict[str, Any]) -> Tensor | None:
+        if facts.get("units") is None or facts["per_level"]:
+            return None
+        levels = channel_levels(self.levels, facts["units"])
+        return torch.where(facts["gone"], self.num_subnets + 1, levels) if "gone" in facts else levels
 
     @property
     def macs(self) -> list[int]:
@@ -208,12 +223,17 @@ class NestedNet(NestedModule):
             )
         return subnet
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores (B, classes) of the active subnet for images (B, C, H, W)."""
-        return self.forward_all(x)[self._active - 1]
+    def forward(self, x: Tensor) -> Any:
+        """What the model returns (class scores (B, classes), for example), from the active subnet, for images
+        (B, C, H, W).
+        """
+        return map_tensors(lambda output: output[self._active - 1], self.forward_all(x))
 
-    def forward_all(self, x: Tensor) -> Tensor:
-        """Class scores (N, B, classes) of all subnets in one pass, in train and in eval mode.
+    def forward_all(self, x: Tensor) -> Any:
+        """The outputs of all subnets in one pass, in train and in eval mode: class scores (N, B, classes), or whatever
+        the model returns in that mode (a tuple, a list, a dict, ... of tensors), with a leading axis N on every tensor.
+
+        Units that leave the model (feature maps) are 0 in subnets that do not contain them, see `output_levels`.
 
         Args:
             x: images (B, C, H, W) of the size that the net was made for.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,14 +15,14 @@ __all__ = ["Subnet", "extract_subnet"]
 
 
 class Subnet(NestedModule):
-    """Subnet i as a standalone module: images (B, C, H, W) to class scores (B, classes).
+    """Subnet i as a standalone module: images (B, C, H, W) to class scores (B, classes), or whatever the model returns.
 
     Dead synapses are zeros in its weights, and dense kernels multiply them: it executes more MACs than the subnet is
     named for (`SteppingNet.summary` shows both numbers). Training it further may revive them: the result is an ordinary
     network, not a subnet any more.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.run(x)
 
 

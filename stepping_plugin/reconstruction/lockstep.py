@@ -126,15 +126,15 @@ class Walk:
                 run.values.pop(node, None)
 
 
-def operands_first(output: fx.Node, last: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-    """Everything that a node needs, in an order of execution.
+def operands_first(outputs: Sequence[fx.Node], last: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """Everything that some nodes need, in an order of execution.
 
     Args:
-        output: the node.
+        outputs: the nodes.
         last: operators -> the operand that is to be computed after their other operands.
     """
     order: dict[fx.Node, None] = {}
-    pending = [output]
+    pending = list(outputs)[::-1]
     while pending:
         node = pending[-1]
         inputs = [n for n in node.all_input_nodes if n not in order]

@@ -109,7 +109,7 @@ def reconstruct(
         active = pairs[: max(1, int((sizes <= pictures).sum()))]
         if isinstance(fit, LayerFit):
             layer = fit_layer(twins, fit, active, ridge, generator)
-            if fit.node is net.analysis.eval_program.output:
+            if net.analysis.eval_program.outputs == [fit.node]:
                 twins.walk.renew()
                 fit_classifier(twins, fit, active)
         else:

@@ -97,7 +97,7 @@ class Twins:
             module, attribute = self.net._slot(kind, name, False)
             return getattr(module, attribute).detach()
 
-        return Walk(operands_first(output[0], last), inputs[0], read)
+        return Walk(operands_first(output, last), inputs[0], read)
 
     # -- running
 

@@ -129,7 +129,7 @@ class Parts:
 
     def check_classes(self, net: SteppingNet) -> None:
         """Refuse a saved net that was made for other pictures or classes."""
-        size, classes = self.data.input_size, net.analysis.eval_program.output.meta["shape"][1]
+        size, classes = self.data.input_size, net.analysis.eval_program.num_classes
         if net.analysis.image_size != size or classes != self.data.num_classes:
             raise SteppingError(
                 f"model.net: the net was made for images {net.analysis.image_size} and {classes} classes, data.name="

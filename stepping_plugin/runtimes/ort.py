@@ -201,6 +201,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise SteppingError(
             explain("not an ONNX export", where=str(path), got=got, action="Export with format='onnx'.")
         )
+    if manifest.get("outputs", {"scores": ""}) != {"scores": ""}:
+        raise SteppingError(
+            explain(
+                "this runtime is for class scores",
+                where=str(path),
+                got=f"outputs {list(manifest['outputs'].values())}",
+                action="Run the steps' files with onnxruntime as the manifest says.",
+            )
+        )
     return dict(manifest)
 
 

@@ -21,7 +21,8 @@ from ..console.progress import track
 from ..errors import CaptureError
 from ..graph.capture import capture
 from ..graph.demand import dead_ends
-from ..graph.labels import Labels, Role, compress, find_heads, labelled_axis, propagate, units_only
+from ..graph.labels import Labels, Role, compress, labelled_axis, propagate, units_only
+from ..graph.outputs import mark_heads
 from ..graph.peephole import spell_out_softmaxes, split_readers_of_scores
 from ..graph.program import Program, is_static, op_name, tensor_inputs
 from ..graph.rules import rule_of
@@ -111,12 +112,12 @@ def analyse(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ..
     """Capture a model and find its units.
 
     Args:
-        model: classifier of images; not modified.
+        model: takes images; not modified.
         image_size: (C, H, W).
         modes: which graphs to capture, False for eval, True for train.
 
     Raises:
-        CaptureError: the model cannot be captured, has no classifier, or nothing in it can move.
+        CaptureError: the model cannot be captured, or nothing in it can move.
     """
     start = time.perf_counter()
     programs = {
@@ -124,7 +125,7 @@ def analyse(model: nn.Module, image_size: tuple[int, ...], modes: tuple[bool, ..
         for training in track(modes, f"capture of {type(model).__name__}'s operators")
     }
     for program in programs.values():
-        split_readers_of_scores(program, find_heads(program))
+        split_readers_of_scores(program, mark_heads(program))
     captured = time.perf_counter()
     labels = propagate(list(programs.values()), rule_of, _settle_parameters)
     if labels.softmaxes:
@@ -146,7 +147,7 @@ def _with_fewer_pins(programs: dict[bool, Program], labels: Labels) -> tuple[dic
 
 
 def _nothing_moves(analysis: Analysis) -> str:
-    listed = _pin_list(analysis.pins, 5) or "there is no layer but the classifier"
+    listed = _pin_list(analysis.pins, 5) or "there is no layer but the last one"
     return f"No unit of this model can move, so there is nothing to step. What keeps all channels at level 1: {listed}."
 
 
@@ -218,6 +219,7 @@ def fingerprint(analysis: Analysis) -> str:
 def _annotate(node: fx.Node, labels: Labels, unit_of: Callable[[Tensor], Tensor]) -> None:
     node.meta["per_level"] = node in labels.per_level
     node.meta["role"] = labels.role.get(node)
+    node.meta.pop("head", None)  # which the role says now
     node.meta["axis"] = node.meta["units"] = None
     if node not in labels.raw:
         return

@@ -65,7 +65,7 @@ def _weight_reader(node: fx.Node, weight: fx.Node, levels: Tensor) -> Tensor:
         first = torch.where(columns[None, :] <= rows[:, None], rows[:, None], NEVER)
         first = first.t() if transposed else first
     elif role == Role.HEAD and call_arg(node, "groups", 1) == 1:
-        first = columns[None, :]
+        first = columns[:, None] if transposed else columns[None, :]
     elif role == Role.GROUPED:
         first = (columns if transposed else rows)[:, None]
     else:

@@ -20,6 +20,7 @@ from ..errors import SteppingError
 from ..files.graphs import checked, decode_call, encode_call, plain_name, read_dtype
 from ..files.headers import StoredAnalysis
 from ..graph.program import Program, is_static
+from ..graph.structure import Structure
 from .analysis import Analysis, assemble, fingerprint
 
 __all__ = ["code_of", "pack_analysis", "unpack_analysis"]
@@ -47,6 +48,7 @@ def pack_analysis(analysis: Analysis, model: nn.Module) -> tuple[StoredAnalysis,
             nodes=writer.nodes(),
             constants=writer.constants,
             mutations=analysis.eval_program.mutations,
+            structure=analysis.eval_program.structure.described(),
             num_units=analysis.num_units,
             pins=[[*what, count] for what, count in analysis.pins.items()],
             unknown=dict(analysis.unknown),
@@ -62,6 +64,8 @@ def pack_analysis(analysis: Analysis, model: nn.Module) -> tuple[StoredAnalysis,
 
 def _same(one: Analysis, other: Analysis) -> bool:
     """Whether all that levels refer to is equal."""
+    if one.eval_program.structure != other.eval_program.structure:  # classes of the model's code
+        return False
     groups = [[(g.name, g.weights, g.units.tolist()) for g in a.groups] for a in (one, other)]
     anchors = [[units.tolist() for units in a.anchors] for a in (one, other)]
     ends = torch.equal(one.dead_ends, other.dead_ends)
@@ -150,7 +154,10 @@ class _Reader:
         if self.image is None:
             raise ValueError("no images")
         self.graph.lint()
-        return Program(self.graph, self.image, False, self.constants, list(self.stored.mutations))
+        structure, mutations = Structure.from_description(self.stored.structure), list(self.stored.mutations)
+        if len(self.graph.output_node().args[0]) != structure.count + len(mutations):
+            raise ValueError("results that do not fit their structure")
+        return Program(self.graph, self.image, False, self.constants, mutations, structure=structure)
 
     def _node(self, entry: Mapping[str, Any]) -> fx.Node:
         if "target" in entry:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -35,7 +35,7 @@ def measure_contribution(net: NestedNet, batches: Iterable[Tensor]) -> Contribut
         raise SteppingError(explain("no images", where="measure", got="no batch", expected="a few hundred images"))
     net.eval()
     try:
-        scores = torch.cat([net.forward_all(x).double().cpu() for x in images], 1)
+        scores = torch.cat([class_scores(net.forward_all(x)).double().cpu() for x in images], 1)
         alive = measure_life(net, images).alive()
     finally:
         net.train(training)
@@ -49,6 +49,26 @@ def measure_contribution(net: NestedNet, batches: Iterable[Tensor]) -> Contribut
         live={group.name: _live_shares(alive, levels, group.units, n) for group in net.analysis.groups},
         scores=(variance / variance.sum().clamp(min=1e-300)).tolist(),
         changed=[0.0, *changed],
+    )
+
+
+def class_scores(outputs: Any) -> Tensor:
+    """What `forward_all` returned, if it is class scores (N, B, classes).
+
+    Raises:
+        SteppingError: it is something else.
+    """
+    if isinstance(outputs, Tensor) and outputs.dim() == 3:
+        return outputs
+    got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+    raise SteppingError(
+        explain(
+            "what every level adds is measured on class scores",
+            where="measure",
+            got=f"outputs of {got}",
+            expected="one tensor (N, B, classes)",
+            action="Compare the subnets' outputs with a metric of your own: net.forward_all(images).",
+        )
     )
 
 

@@ -35,7 +35,7 @@ def inspect_model(
     """Facts about a model's units, ready for JSON: what moves, what is pinned and why, what the smallest subnet costs.
 
     Args:
-        model: any classifier of images, of timm or your own; not modified.
+        model: any model of images, of timm or your own; not modified.
         image_size: (C, H, W); by default that of `example_inputs`, or what the model says (timm models do).
         example_inputs: images (B, C, H, W).
         time_limit: seconds that torch-pruning's dependency graph may take.
