@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..console.progress import track
 from ..errors import SteppingError, explain, nearest
-from .emit import IMAGE, StepProgram
+from .emit import IMAGE, StepProgram, output_names
 from .int8_files import check_pictures, quantise
 from .onnx_files import NEW, require_onnx, share_weights, write_onnx
 from .plan import BatchAxis
@@ -63,12 +63,14 @@ def export_engine(
 
     Returns:
         The manifest: format, image_size, dtype, subnets, macs (cumulative, per sample), batch ("dynamic" or a
-        number), notes, weights (with `external_data`: the file) and per step: subnet, file, program (its name in a file
-        of several), macs, inputs and outputs in order (cache, shape, dtype and, for ONNX, name; `outer` where an axis
-        holds k * batch rows: sample b has the rows (o * batch + b) * inner + i, o < outer) and the caches to drop
-        afterwards. "image" is the batch of images, "scores" the class scores; pass every other cache on as it is.
+        number), notes, weights (with `external_data`: the file), outputs (what the model calls the caches that hold its
+        results; "scores" alone has the empty name) and per step: subnet, file, program (its name in a file of several),
+        macs, inputs and outputs in order (cache, shape, dtype and, for ONNX, name; `outer` where an axis holds k *
+        batch rows: sample b has the rows (o * batch + b) * inner + i, o < outer) and the caches to drop afterwards.
+        "image" is the batch of images, "scores" the class scores; pass every other cache on as it is.
         Further, where the net knows them (else null), classes (names), preprocessing, exit and provenance, see
-        `files.metadata`. Beside ONNX files, run.py carries all that out with onnxruntime, numpy and Pillow alone.
+        `files.metadata`. Beside ONNX files of class scores, run.py carries all that out with onnxruntime, numpy and
+        Pillow alone.
 
     Raises:
         SteppingError: unknown format, packages or a compiler missing, or a step that the format cannot express.
@@ -107,11 +109,12 @@ def export_engine(
         "notes": notes,
         **({"weights": WEIGHTS} if external_data else {}),
         **({"quantised": "int8"} if calibration is not None else {}),
+        "outputs": dict(zip(output_names(engine.structure.count), engine.structure.names())),
         "steps": steps,
         "versions": {"torch": torch.__version__},
         **engine.metadata.model_dump(),
     }
-    if format == "onnx":
+    if format == "onnx" and engine.structure.is_tensor:
         source = Path(__file__).with_name("standalone.py").read_text(encoding="utf-8")
         _atomically(folder / RUNNER, lambda path: path.write_text(source, encoding="utf-8"))
     text = json.dumps(manifest, indent=2) + "\n"
