@@ -11,7 +11,7 @@ from nets import images, nested, randomise, relative
 from output_nets import NETS, SIZE
 from torch import Tensor, nn
 
-from stepping_plugin import SteppingError, apply_steppingnet, load, verify
+from stepping_plugin import ConstructionConfig, SteppingError, TrainConfig, apply_steppingnet, load, verify
 from stepping_plugin.engine import load_engine
 from stepping_plugin.graph.labels import Role
 from stepping_plugin.graph.structure import map_tensors, tensors_of
@@ -150,6 +150,49 @@ def test_files_keep_structure_and_values(name, tmp_path):
     assert apart(stepped[-1], net(x)) < EXACT
     expected = shape_of(net(x))
     assert shape_of(stepped[-1]) == (expected._asdict() if hasattr(expected, "_asdict") else expected)
+
+
+def shapes_loss(outputs: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
+    """A criterion of somebody's own: cross entropy of the map, and of the auxiliary one with a smaller weight."""
+    both = (nn.functional.cross_entropy(outputs[name], target["mask"]) for name in ("out", "aux"))
+    return next(both) + 0.4 * next(both)
+
+
+def pictures_with_masks() -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Bright squares on noise; their pixels are class 1."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(6):
+        x, mask = 0.3 * torch.randn(8, *SIZE, generator=generator), torch.zeros(8, *SIZE[1:], dtype=torch.long)
+        for k, (top, left) in enumerate(torch.randint(0, 10, (8, 2), generator=generator).tolist()):
+            x[k, :, top : top + 6, left : left + 6] += 1
+            mask[k, top : top + 6, left : left + 6] = 1
+        batches.append((x, {"mask": mask}))
+    return batches
+
+
+def test_fit_and_construction_take_a_criterion_of_ones_own():
+    torch.manual_seed(0)
+    data = pictures_with_masks()
+    config = ConstructionConfig(iterations=2, batches=2, lr=0.01)
+    net = apply_steppingnet(NETS["unet"][0](), [0.3, 0.9], train_loader=data, criterion=shapes_loss, config=config)
+    history = net.fit(data, data, TrainConfig(epochs=4, lr=0.01, opt="adamw"), criterion=shapes_loss)
+    first, last = history.epochs[0]["val_loss"], history.epochs[-1]["val_loss"]
+    assert all(b < a for a, b in zip(first, last)) and "accuracy" not in history.epochs[-1]
+    masks = net.forward_all(data[0][0])["out"].argmax(2)
+    assert bool(((masks == data[0][1]["mask"]).double().mean((1, 2, 3)) > 0.9).all())
+
+
+def test_named_criteria_metrics_and_teachers_are_for_class_scores():
+    net, data = net_of("unet").float(), pictures_with_masks()
+    classes = [(x, torch.zeros(len(x), dtype=torch.long)) for x, _ in data]
+    config = TrainConfig(epochs=1)
+    with pytest.raises(SteppingError, match="cross_entropy is for class scores"):
+        net.fit(classes, config=config)
+    with pytest.raises(SteppingError, match="distillation"):
+        net.fit(data, config=config, criterion=shapes_loss, teacher=copy.deepcopy(made("unet")).float())
+    with pytest.raises(SteppingError, match="metrics are for class scores"):
+        net.evaluate(classes)
 
 
 def test_measures_of_class_scores_say_so():

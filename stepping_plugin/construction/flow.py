@@ -40,6 +40,7 @@ from torch import Tensor
 
 from ..console.progress import Stage, stage, track
 from ..errors import BudgetError, CheckpointError, explain
+from ..graph.structure import map_tensors
 from ..net import SteppingNet
 from ..training.batches import check_batch_size
 from ..training.checkpoint import ADVICE, differences
@@ -199,9 +200,10 @@ class Construction:
             self.gradients = torch.where(inside, self.evaluator.gradients, self.gradients)
             self.evaluator.reset()
 
-    def _evaluate(self, evaluator: GradientImportance, images: Tensor, target: Tensor) -> None:
+    def _evaluate(self, evaluator: GradientImportance, images: Tensor, target: Any) -> None:
         device, kind = self.trainer.device, getattr(torch, self.config.amp_dtype)
-        images, target = images.to(device, next(self.net.parameters()).dtype), target.to(device)
+        images = images.to(device, next(self.net.parameters()).dtype)
+        target = map_tensors(lambda t: t.to(device), target)
         with torch.autocast(device.type, kind, enabled=self.config.amp):
             evaluator.add(images, lambda scores: self.trainer.criterion(scores, target, None))
 

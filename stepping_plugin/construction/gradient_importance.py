@@ -126,17 +126,18 @@ class GradientImportance:
         """
         return self.total / max(1, self.batches)
 
-    def add(self, images: Tensor, losses: Callable[[Tensor], Tensor]) -> None:
+    def add(self, images: Tensor, losses: Callable[[Any], Tensor]) -> None:
         """One forward and N backward passes, which change no parameter, gradient or statistic of a norm.
 
         Args:
             images: (B, C, H, W).
-            losses: from class scores (N, B, classes) to L_1..L_N, each a mean over the batch.
+            losses: from class scores (N, B, classes), or the outputs that the model has, to L_1..L_N, each a mean over
+                the batch.
         """
         with torch.enable_grad():
             recorder = _Recorder(self.module, self.sites)
-            scores = recorder.run(images, *self._inputs())[0]
-            values = losses(scores)
+            structure = self.net._graphs[self.training].structure
+            values = losses(structure.build(recorder.run(images, *self._inputs())[: structure.count]))
         numbers = range(len(self.sites))
         outputs = [recorder.outputs[s] for s in numbers]
         inputs = [self.sites[s].weighted_input(outputs[s], recorder.biases[s]) for s in numbers]

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import SteppingError, explain, nearest
 from ..files.calibrated import calibrated_answers, threshold_table
 from ..files.metadata import CalibratedExit
+from ..graph.structure import class_scores
 
 __all__ = ["Decision", "ExitRule", "as_decision", "as_rule", "entropy", "margin", "max_probability", "stop_now", "wide"]
 
@@ -80,18 +81,8 @@ def as_rule(until: Any) -> ExitRule | None:
 
 
 def _class_scores(outputs: Any) -> Tensor:
-    if isinstance(outputs, Tensor) and outputs.dim() == 2:
-        return outputs
-    got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-    raise SteppingError(
-        explain(
-            "rules that go by name are for class scores",
-            where="until",
-            got=f"outputs of {got}",
-            expected="one tensor (B, classes)",
-            action="Pass a function of the outputs that returns a BoolTensor (B,), True where a sample may stop.",
-        )
-    )
+    action = "Pass a function of the outputs that returns a BoolTensor (B,), True where a sample may stop."
+    return class_scores(outputs, "rules that go by name are for class scores", "until", action, rank=2)
 
 
 class Decision:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["ONE_TENSOR", "Structure", "map_tensors", "tensors_of"]
+from ..errors import SteppingError, explain
+
+__all__ = ["ONE_TENSOR", "Structure", "class_scores", "map_tensors", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,24 @@ class Structure:
         built = _pytree.tree_unflatten(range(self.spec.num_leaves), self.spec)
         paths = [path for path, _ in _pytree.tree_flatten_with_path(built)[0]]
         return [".".join(map(_step, path)) for k, path in enumerate(paths) if k not in self.fixed]
+
+
+def class_scores(outputs: Any, what: str, where: str, action: str, rank: int = 3) -> Tensor:
+    """Outputs that are class scores and nothing else.
+
+    Args:
+        outputs: what a model returned, or all subnets.
+        what, where, action: of the error, see `errors.explain`.
+        rank: 3 for class scores of all subnets (N, B, classes), 2 for those of one.
+
+    Raises:
+        SteppingError: they are something else.
+    """
+    if isinstance(outputs, Tensor) and outputs.dim() == rank:
+        return outputs
+    got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+    expected = f"one tensor ({'N, ' if rank == 3 else ''}B, classes)"
+    raise SteppingError(explain(what, where=where, got=f"outputs of {got}", expected=expected, action=action))
 
 
 _TENSOR = object()

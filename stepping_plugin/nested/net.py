@@ -106,6 +106,11 @@ class NestedNet(NestedModule):
         return self.unit_levels.detach().cpu().clone()
 
     @property
+    def returns_class_scores(self) -> bool:
+        """Whether the model returns class scores (B, classes) and nothing else."""
+        return next(iter(self.analysis.programs.values())).num_classes is not None
+
+    @property
     def output_levels(self) -> Any:
         """The structure of the eval outputs with a level vector for each: LongTensor (C,), the first subnet that has
         the channel (feature maps), N + 1 for none; None for outputs that are whole in every subnet (class scores).

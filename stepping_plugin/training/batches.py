@@ -94,9 +94,13 @@ def check_batch_size(net: nn.Module, loader: Any) -> None:
         raise single_image("training loader", None if size is None else f"batch_size {size}, the smallest batch is 1")
 
 
-def checked_batch(batch: Any) -> tuple[Tensor, Tensor]:
+def checked_batch(batch: Any, free: bool = False) -> tuple[Tensor, Any]:
     """Images (B, ...) and labels: int64 (B,) (other whole numbers are converted), or floats (B, classes): class
     probabilities, or 1 for every class that a picture shows (whole numbers and booleans of that shape are converted).
+
+    Args:
+        batch: what a loader gave.
+        free: leave the targets alone, which only a criterion of the caller's own reads: masks, boxes, dictionaries.
 
     Raises:
         SteppingError: something else.
@@ -105,12 +109,14 @@ def checked_batch(batch: Any) -> tuple[Tensor, Tensor]:
         got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
         raise SteppingError(explain("not a batch", got=got, expected="a pair (images, labels)"))
     images, labels = batch
-    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+    if not isinstance(images, Tensor) or not (free or isinstance(labels, Tensor)):
         got = f"({type(images).__name__}, {type(labels).__name__})"
         action = "Convert them with torch.as_tensor."
         raise SteppingError(explain("not a batch", got=got, expected="two tensors", action=action))
     if not images.dim() or not len(images):
         raise SteppingError(explain("an empty batch", got=f"images {tuple(images.shape)}", action="Check the loader."))
+    if free:
+        return images, labels
     wrong_type = labels.is_complex() or (labels.dtype == torch.bool and labels.dim() == 1)
     if labels.dim() not in (1, 2) or len(labels) != len(images) or wrong_type:
         got = f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)} for {len(images)} images"

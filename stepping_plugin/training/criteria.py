@@ -13,6 +13,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepping_plugin.errors import SteppingError, explain, nearest
+from stepping_plugin.graph.structure import class_scores, map_tensors, tensors_of
 
 __all__ = ["CRITERIA", "Criterion", "OwnCriterion", "at_least_float32", "criterion_options", "cross_entropy",
            "named_criterion"]  # fmt: skip
 
-OwnCriterion = Callable[[Tensor, Tensor], Tensor]  # scores (B, C) and labels -> one number, as torch.nn's losses
+OwnCriterion = Callable[[Any, Any], Tensor]  # scores (B, C) or other outputs, and targets -> one number
 CRITERIA = ("cross_entropy", "binary", "focal")
 _OF_LABELS_ALONE = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)  # of torch: every class is a yes or no
 
@@ -33,7 +35,8 @@ _OF_LABELS_ALONE = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)  # of tor
 class Criterion:
     """Mean loss of every subnet. Called with scores (N, B, C) and a target; returns Tensor[N], float32 or better.
 
-    Targets are classes, int64 (B,), or (B, C): class probabilities (mixup), for `binary` labels from 0 to 1.
+    Targets are classes, int64 (B,), or (B, C): class probabilities (mixup), for `binary` labels from 0 to 1. One's own
+    criterion gets what the model returns, of one subnet and in its structure, and the targets as the loader gives them.
 
     Args:
         kind: `cross_entropy`; `binary`: sigmoid cross entropy per class, mean over classes, for pictures with any
@@ -96,10 +99,13 @@ class Criterion:
         owner = self.kind if hasattr(self.kind, "__qualname__") else type(self.kind)
         return f"{owner.__module__}.{owner.__qualname__}"
 
-    def __call__(self, scores: Tensor, target: Tensor) -> Tensor:
-        scores = at_least_float32(scores)
+    def __call__(self, scores: Any, target: Any) -> Tensor:
+        scores = map_tensors(at_least_float32, scores)
         if not isinstance(self.kind, str):
-            return torch.stack([self._own(of_subnet, target) for of_subnet in scores])
+            subnets = range(len(tensors_of(scores)[0]))
+            return torch.stack([self._own(map_tensors(itemgetter(s), scores), target) for s in subnets])
+        action = "Pass criterion=, a function of what the model returns and the targets, that gives one number."
+        scores = class_scores(scores, f"{self.kind} is for class scores", "criterion", action)
         weights = self._weights(scores)
         if self.kind == "binary":
             return _binary(scores, target, self.smoothing, weights)
@@ -117,7 +123,7 @@ class Criterion:
             raise SteppingError(explain("wrong number", where="class_weights", got=got, expected=expected))
         return scores.new_tensor(list(self.class_weights))
 
-    def _own(self, scores: Tensor, target: Tensor) -> Tensor:
+    def _own(self, scores: Any, target: Any) -> Tensor:
         assert not isinstance(self.kind, str)
         loss = self.kind(scores, target)
         if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():

@@ -108,7 +108,8 @@ def fit(
         subnet_weights: one factor per subnet; None: all 1.
         criterion: what is learned from labels: "cross_entropy", "binary" (any number of labels per picture), "focal",
             or a function of scores (B, classes) and labels such as `torch.nn.MultiMarginLoss()`; `teacher` adds to it
-            as to the cross entropy.
+            as to the cross entropy. Of a model that returns other than class scores, a function of what it returns (of
+            one subnet, in its structure) and of the targets as the loader gives them; the history then has no accuracy.
         class_weights: one factor per class, see `criteria.Criterion`; None: all 1.
         focal_gamma: of the focal loss.
         beta: of the weight-update suppression, see `Trainer`; 1: none.
@@ -275,7 +276,7 @@ class _Run:
         self._assert_good()
         if self.val_loader is not None:
             result = trainer.evaluate(self.val_loader)
-            record.update(accuracy=result["accuracy"], val_loss=result["loss"])
+            record.update({{"loss": "val_loss"}.get(name, name): values for name, values in result.items()})
         record["seconds"] = round(time.perf_counter() - began, 2)
         self.history.epochs.append(record)
         self.epoch, self.done, self.losses = self.epoch + 1, 0, None

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepping_plugin.errors import SteppingError, explain
+from stepping_plugin.graph.structure import class_scores
 from stepping_plugin.training.criteria import Criterion, OwnCriterion, at_least_float32, cross_entropy
 
 __all__ = ["SubnetLoss", "binary_distillation", "cross_entropy", "distillation"]
@@ -119,10 +120,13 @@ class SubnetLoss:
         """What a continued run must have in common with its beginning; a criterion of one's own by its name."""
         return {**{f.name: getattr(self, f.name) for f in fields(self)}, "criterion": self.of_labels.name}
 
-    def __call__(self, scores: Tensor, target: Tensor, teacher_scores: Tensor | None = None) -> Tensor:
+    def __call__(self, scores: Any, target: Any, teacher_scores: Any = None) -> Tensor:
         of_labels = self.of_labels
         losses = of_labels(scores, target)
         follow = binary_distillation if of_labels.is_binary else distillation
+        if self.from_largest or teacher_scores is not None:
+            action = "Let a criterion of your own hold the teacher, and call it there."
+            scores = class_scores(scores, "distillation (Eq. 4) is for class scores", "teacher", action)
         if self.from_largest:
             if teacher_scores is not None:
                 raise SteppingError("from_largest: the largest subnet is the teacher; pass no teacher scores.")

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from stepping_plugin.errors import SteppingError, explain
+from stepping_plugin.graph.structure import class_scores
 from stepping_plugin.training.batches import check_target, checked_batch
 from stepping_plugin.training.evaluation import AllScores, check_labels
 
@@ -69,7 +70,10 @@ def predict_all(scores_of: Callable[[Tensor], Tensor], loader: Iterable[tuple[Te
     labels: list[Tensor] = []
     every, seen = 1, 0
     for images, target in map(checked_batch, loader):
-        found = scores_of(images).detach().cpu()
+        action = "Compute a metric of your own on net.forward_all(images)."
+        found = (
+            class_scores(scores_of(images), "these metrics are for class scores", "evaluation", action).detach().cpu()
+        )
         found, target = found.float() if found.dtype in (torch.float16, torch.bfloat16) else found, target.cpu()
         check_target(target, found)
         if target.dim() == 2:

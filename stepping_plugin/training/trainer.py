@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stepping_plugin.errors import CheckpointError, SteppingError, explain
 from stepping_plugin.graph.device import usable_device
+from stepping_plugin.graph.structure import map_tensors
 from stepping_plugin.nested.net import NestedNet
 from stepping_plugin.tensorfile import not_finite
 from stepping_plugin.training.batches import check_target, checked_batch, learns_from_batches, single_image
@@ -37,7 +38,7 @@ from stepping_plugin.training.suppression import Suppression
 
 __all__ = ["Batch", "TrainConfig", "Trainer", "assert_same_levels", "processes"]
 
-Batch = tuple[Tensor, Tensor]  # images (B, C, H, W); labels int64 (B,) or class probabilities (B, classes)
+Batch = tuple[Tensor, Any]  # images (B, C, H, W); labels int64 (B,), probabilities (B, classes), or one's own
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class Trainer:
         self.teacher = teacher.to(self.device).eval() if teacher is not None else None
         self.criterion = criterion or SubnetLoss(smoothing=config.smoothing)
         own = getattr(self.criterion, "criterion", self.criterion)
+        self.free = not isinstance(own, str)  # targets are what the criterion makes of them
         if isinstance(own, nn.Module):  # weights of classes, for example, are buffers
             own.to(self.device)
         owner = net.model if isinstance(net, NestedNet) else net  # knows what timm asks a model about
@@ -200,7 +202,7 @@ class Trainer:
         Raises:
             SteppingError: a loss is not finite, or the batch does not fit the net.
         """
-        moved = [self._moved(*checked_batch(batch)) for batch in batches]
+        moved = [self._moved(*checked_batch(batch, self.free)) for batch in batches]
         guides = [self._teach(images) for images, _ in moved]
         total: Tensor | None = None
         for subnet in self.subnets:
@@ -222,15 +224,15 @@ class Trainer:
             self.ema.update(self.net, self.updates)
         return total
 
-    def _moved(self, images: Tensor, target: Tensor) -> Batch:
+    def _moved(self, images: Tensor, target: Any) -> Batch:
         kind = next(self.net.parameters()).dtype
         images = images.to(self.device, kind, non_blocking=True, memory_format=self.layout)
-        target = target.to(self.device, non_blocking=True)
+        target = map_tensors(lambda t: t.to(self.device, non_blocking=True), target)
         if len(images) == 1 and learns_from_batches(self.net):
             raise single_image()
         return self.mixup(images, target) if self.mixup is not None else (images, target)
 
-    def _teach(self, images: Tensor) -> Tensor | None:
+    def _teach(self, images: Tensor) -> Any:
         if self.teacher is None:
             return None
         kind = next((p.dtype for p in self.teacher.parameters()), images.dtype)
@@ -241,11 +243,12 @@ class Trainer:
         """Gradients are exchanged once per update, with the last batch."""
         return self._ddp.no_sync() if self._ddp is not None and more else contextlib.nullcontext()
 
-    def _backward(self, images: Tensor, target: Tensor, guide: Tensor | None, subnet: int | None, count: int) -> Tensor:
+    def _backward(self, images: Tensor, target: Any, guide: Any, subnet: int | None, count: int) -> Tensor:
         """Add a batch's gradient, of all subnets or of one; returns the losses."""
         with self._autocast():
             scores = self.scores(images)
-        check_target(target, scores)
+        if not self.free and isinstance(scores, Tensor):
+            check_target(target, scores)
         losses = self.criterion(scores, target, guide)
         self._assert_finite(losses)
         if subnet is not None:
@@ -294,8 +297,9 @@ class Trainer:
         return self.ema.module if self.ema is not None else self.net
 
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, list[float]]:
+        by_loss = isinstance(self.net, NestedNet) and not self.net.returns_class_scores
         with self._autocast():
-            return evaluate(self.averaged, loader)
+            return evaluate(self.averaged, loader, getattr(self.criterion, "of_labels", None) if by_loss else None)
 
     def end_epoch(self, epochs: int) -> None:
         """After so many epochs: schedules that count them; the statistics of all processes."""

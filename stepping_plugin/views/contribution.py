@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.table import Table
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import SteppingError, explain
 from ..files.headers import Contribution
+from ..graph.structure import class_scores
 from ..nested.liveness import measure_life
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def measure_contribution(net: NestedNet, batches: Iterable[Tensor]) -> Contribut
         raise SteppingError(explain("no images", where="measure", got="no batch", expected="a few hundred images"))
     net.eval()
     try:
-        scores = torch.cat([class_scores(net.forward_all(x)).double().cpu() for x in images], 1)
+        scores = torch.cat([_scores(net, x).double().cpu() for x in images], 1)
         alive = measure_life(net, images).alive()
     finally:
         net.train(training)
@@ -52,24 +53,10 @@ def measure_contribution(net: NestedNet, batches: Iterable[Tensor]) -> Contribut
     )
 
 
-def class_scores(outputs: Any) -> Tensor:
-    """What `forward_all` returned, if it is class scores (N, B, classes).
-
-    Raises:
-        SteppingError: it is something else.
-    """
-    if isinstance(outputs, Tensor) and outputs.dim() == 3:
-        return outputs
-    got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-    raise SteppingError(
-        explain(
-            "what every level adds is measured on class scores",
-            where="measure",
-            got=f"outputs of {got}",
-            expected="one tensor (N, B, classes)",
-            action="Compare the subnets' outputs with a metric of your own: net.forward_all(images).",
-        )
-    )
+def _scores(net: NestedNet, images: Tensor) -> Tensor:
+    action = "Compare the subnets' outputs by a metric of your own: net.forward_all(images)."
+    what = "what every level adds is measured on class scores"
+    return class_scores(net.forward_all(images), what, "measure", action)
 
 
 def _live_shares(alive: Tensor, levels: Tensor, units: Tensor, n: int) -> list[float | None]:
