@@ -136,6 +136,8 @@ def test_sessions_step_keep_and_predict_with_the_models_structure(name):
 def test_rules_by_name_ask_for_class_scores():
     with pytest.raises(SteppingError, match=r"one tensor \(B, classes\).*function of the outputs"):
         net_of("unet").deploy().predict(images(SIZE), {"max_prob": 0.5})
+    with pytest.raises(SteppingError, match="classes are those of class scores"):
+        net_of("unet").deploy().predict(images(SIZE)).classes  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["detector", "auxiliary", "tokens"])

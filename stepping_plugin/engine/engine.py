@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import SteppingError, explain, image_shape_error
 from ..graph.program import named_tensors
-from ..graph.structure import map_tensors, tensors_of
+from ..graph.structure import class_scores, map_tensors, tensors_of
 from ..nested.net import NestedNet
 from ..runtimes.clock import StepClock
 from .emit import emit_steps, output_names
@@ -58,7 +58,12 @@ class Prediction:
     @property
     def classes(self) -> Tensor:
         """LongTensor (B,), class of largest score."""
-        return self.logits.argmax(-1)
+        return self._scores.argmax(-1)
+
+    @property
+    def _scores(self) -> Tensor:
+        action = "Read what the model returns in `logits`."
+        return class_scores(self.logits, "classes are those of class scores", "Prediction", action, rank=2)
 
     @property
     def labels(self) -> list[str]:
@@ -69,7 +74,7 @@ class Prediction:
     @property
     def confidence(self) -> Tensor:
         """Floats (B,), the largest softmax probability."""
-        return wide(self.logits).softmax(-1).amax(-1)
+        return wide(self._scores).softmax(-1).amax(-1)
 
 
 @dataclass
