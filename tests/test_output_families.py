@@ -54,7 +54,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ssdlite": (lambda: Dense(fresh(detection.ssdlite320_mobilenet_v3_large)), 96),
     "faster rcnn": (lambda: Dense(fresh(detection.fasterrcnn_mobilenet_v3_large_320_fpn)), 64),
     "googlenet": (lambda: fresh(googlenet, init_weights=False), 64),
-    "inception": (lambda: fresh(inception_v3, init_weights=False), 235),
+    "inception": (lambda: fresh(inception_v3, init_weights=False), 299),
     "distilled": (distilled, 64),
 }
 BACKBONES = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import SteppingError
 from ..graph.images import image_size_of
 from ..graph.modes import ordinary_mode
-from ..graph.program import copy_model, unwrap
+from ..graph.program import Program, copy_model, unwrap
 from ..integrations.fvcore import count_macs
 from ..integrations.torch_pruning.witness import toolkit_couplings
 from ..units.analysis import analyse
@@ -71,6 +71,7 @@ def inspect_model(
         "macs_fvcore_error": uncounted,
         "floor_macs": floor,
         "floor_share": floor / macs_model.total,
+        "outputs": _outputs(analysis.eval_program),
         "units": analysis.num_units,
         "channels": analysis.channels,
         "pinned_channels": analysis.pinned_channels,
@@ -95,6 +96,16 @@ def inspect_model(
     }
 
 
+def _outputs(program: Program) -> list[dict[str, Any]]:
+    """Name, shape (the batch counted as 1) and how each output is in a subnet."""
+    found = []
+    for name, node in zip(program.structure.names(), program.outputs):
+        moves = node.meta.get("units") is not None and not node.meta.get("per_level")
+        subnets = "up to their level" if moves else "whole" if node.meta.get("per_level") else "the same"
+        found.append({"name": name, "shape": list(node.meta["shape"]), "subnets": subnets})
+    return found
+
+
 def describe(facts: dict[str, Any], name: str) -> Group:
     """Printable form of `inspect_model`'s facts."""
     couplings = facts["couplings"]
@@ -107,6 +118,10 @@ def describe(facts: dict[str, Any], name: str) -> Group:
         (
             "MACs (M_t)",
             f"{facts['macs']:,} (fvcore: {own}; fvcore's default total: {quoted})",
+        ),
+        (
+            "outputs in a subnet",
+            ", ".join(f"{o['name']} {o['shape']} {o['subnets']}".strip() for o in facts["outputs"]),
         ),
         ("floor of subnet 1", f"{facts['floor_macs']:,} MACs = {facts['floor_share']:.2%} of M_t"),
         ("units", f"{facts['units']:,} made of {facts['channels']:,} output channels"),
