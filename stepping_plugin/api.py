@@ -87,7 +87,7 @@ def apply_steppingnet(
         with on_cpu_by_default():
             example = images_at_hand(train_loader, calibration) if example_inputs is None else example_inputs
             net = convert(model, budgets, settings, example, seed=seed)
-            net.notes += notes
+            net.notes += [*notes, *_about_outputs(net)]
             if train_loader is None or policy != "steppingnet":
                 net.take(one_shot(net, policy, round_to=int(settings.round_to), seed=seed))
         if train_loader is not None and policy == "steppingnet":
@@ -97,6 +97,16 @@ def apply_steppingnet(
         if calibration is not None:
             net.notes += net.reconstruct(unwrap(model), calibration, seed=seed).notes
     return net
+
+
+def _about_outputs(net: SteppingNet) -> list[str]:
+    """What to know about a vector (B, C) that looks like class scores and is none."""
+    if not net.returns_class_scores or net.output_levels is None:
+        return []
+    return [
+        "the result (B, C) is units of the network, for example behind a norm: subnet i has its channels of levels up "
+        "to i and 0 for the others. That suits embeddings; for class scores end the model with a linear or convolution."
+    ]
 
 
 def _settings(config: ConstructionConfig | None) -> ConstructionConfig:

@@ -207,6 +207,13 @@ def test_conversion_meets_budgets():
     assert all(m <= b for m, b in zip(net.macs, net.budgets)) and net.macs[0] < net.macs[1] < net.macs[2]
 
 
+def test_a_vector_of_units_is_noted():
+    with_norm = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1568, 6), nn.BatchNorm1d(6))
+    for model, noted in ((with_norm, True), (with_norm[:-1], False)):
+        net = apply_steppingnet(model.eval(), [0.5], example_inputs=images(SIZE).float())
+        assert any("for class scores end the model" in note for note in net.notes) == noted
+
+
 class Unregistered:
     def __init__(self, value: Tensor) -> None:
         self.value = value
