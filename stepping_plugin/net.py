@@ -153,7 +153,7 @@ def load(
         CheckpointError: the file is missing, damaged, foreign, of another version, or of another model; or the model
             computes something else than the net that was saved. The first operator that differs is named.
     """
-    with on_cpu_by_default(), stage(f"loading {os.fspath(path)}"):
+    with on_cpu_by_default(), stage(f"loading {path}"):
         return read_net(path, SteppingNet, model, device)
 
 

@@ -114,7 +114,8 @@ def test_wheel_holds_the_package_and_nothing_else(forms: dict[str, Path], source
     wanted = {path.relative_to(source / "stepping_plugin") for path in source.glob("stepping_plugin/**/*.py")}
     wanted |= {path.relative_to(source) for path in source.glob("integrations/**/*.py")}
     wanted |= {path.relative_to(source) for path in source.glob("recipes/**/*.yaml")}
-    wanted |= {path.relative_to(source / "stepping_plugin") for path in source.glob("stepping_plugin/zoo/*")}
+    for data in ("zoo/*", "runtimes/*.mjs"):
+        wanted |= {path.relative_to(source / "stepping_plugin") for path in source.glob(f"stepping_plugin/{data}")}
     assert shipped == wanted | {Path("py.typed")}
 
 
