@@ -232,21 +232,36 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Texts and tensors of any safetensors file; checksums are compared where it has some (`is_signed`).
 
+    A file that is replaced meanwhile is read again: safetensors opens it more than once.
+
     Raises:
         CheckpointError: no such file, damaged, or no safetensors file.
     """
     if not path.is_file():
         raise CheckpointError(explain("no such file", where=str(path), action="Check the path."))
-    try:
-        with safe_open(path, framework="pt") as file:
-            texts = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        damage = _damage(tensors, texts) if is_signed(texts) else None
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error}).") from None
-    if damage:
-        raise CheckpointError(f"{path}: damaged: {damage}. Take a copy that is whole, or make it again.")
-    return texts, tensors
+    while True:
+        before = _identity(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                texts = dict(file.metadata() or {})
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            damage = _damage(tensors, texts) if is_signed(texts) else None
+            problem = damage and f"damaged: {damage}. Take a copy that is whole, or make it again."
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError, RuntimeError) as error:
+            problem = f"damaged or not a safetensors file ({error})."
+        if _identity(path) != before:
+            continue
+        if problem:
+            raise CheckpointError(f"{path}: {problem}")
+        return texts, tensors
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Changes when another file takes this place."""
+    with contextlib.suppress(OSError):
+        facts = path.stat()
+        return facts.st_ino, facts.st_mtime_ns, facts.st_size
+    return None
 
 
 def read_file(path: Path, kind: str, version: int, oldest: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
