@@ -156,5 +156,14 @@ def test_what_cannot_be_is_refused_with_its_line():
     with pytest.raises(CaptureError, match=r"takes a part of the batch.*treat all pictures alike") as caught:
         apply_steppingnet(ready(models.Ghost), ["50%"], example_inputs=torch.zeros(1, *SIZE))
     assert "situations.py:" in str(caught.value) and "# here" in str(caught.value)
-    with pytest.raises(CaptureError, match=r"got shape \(16, B, 4\).*one row per image"):
-        apply_steppingnet(ready(models.Sequence), ["50%"], example_inputs=torch.zeros(1, *SIZE))
+
+
+def test_scores_per_time_step():
+    """(time, B, classes): an output like any other; the batch is found where it is."""
+    model = ready(models.Sequence)
+    analysis = analyse(copy_model(model), SIZE)
+    net = SteppingNet(copy_model(model), analysis, random_levels(analysis, 2, 0), [1, 2], 1).eval()
+    x = torch.randn(3, *SIZE, dtype=torch.float64)
+    assert net.forward_all(x).shape == (2, 16, 3, 4)
+    report = verify(net, x)
+    assert max(report.leak) == 0 and max(report.extract_error + report.engine_error) < 1e-12

@@ -41,13 +41,13 @@ def folder(small_run, tmp_path):
 
 def test_every_section_belongs_to_one_stage():
     sections = [name for stage in STAGES for name in stage.sections]
-    assert sorted(sections) == sorted(set(Recipe.model_fields) - {"output", "device", "log_with"})
+    assert sorted(sections) == sorted(set(Recipe.model_fields) - {"output", "device", "log_with", "early_exit"})
 
 
 @pytest.mark.parametrize(
     ("override", "first"),
     [("seed=1", 0), ("data.limit=100", 0), ("train.lr=0.1", 0), ("budgets=0.2,0.7", 1), ("construction.lr=0.1", 1),
-     ("retrain.gamma=0.5", 2), ("data.workers=0", 3), ("output=elsewhere", 3)],
+     ("retrain.gamma=0.5", 2), ("early_exit.per_class=true", 3), ("data.workers=0", 3), ("output=elsewhere", 3)],
 )  # fmt: skip
 def test_the_first_stage_that_depends_on_a_key(override, first):
     base = ["data.name=imagefolder", "data.root=x"] if "workers" in override else SMALL

@@ -30,6 +30,7 @@ _FREE = (
     "train.checkpoint_steps",
     "retrain.checkpoint_steps",
 )
+_AFTERWARDS = {"early_exit"}  # of what is done anew whenever a run comes to its end
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def first_stage(changed: Iterable[str]) -> int:
     """Index of the first stage that depends on one of these `changes`; as many as there are stages: none does."""
     keys = {text.split(" ")[0].split(".")[0] for text in changed}
     dependent = [number for number, stage in enumerate(STAGES) if keys & set(stage.sections)]
-    known = {name for stage in STAGES for name in stage.sections}
+    known = {name for stage in STAGES for name in stage.sections} | _AFTERWARDS
     return 0 if keys - known else min(dependent, default=len(STAGES))
 
 
