@@ -26,7 +26,8 @@ from stepping_plugin.net import SteppingNet, load
 from stepping_plugin.runs.data import build_data
 from stepping_plugin.runs.data.memory import Pictures, _resize
 from stepping_plugin.runs.figures import class_names
-from stepping_plugin.runs.provenance import described
+from stepping_plugin.runs.provenance import described, without_folders
+from stepping_plugin.runs.recipe import dump_recipe, load_recipe
 from stepping_plugin.runs.recipe_schema import Recipe
 from stepping_plugin.training.loader import TensorSet
 from stepping_plugin.training.pictures import preprocessing_of
@@ -276,3 +277,14 @@ def test_a_picture_is_prepared_whatever_it_comes_from():
     buffer = io.BytesIO()
     picture((40, 30)).save(buffer, "PNG")
     assert np.array_equal(prepare(Image.open(buffer), how.model_dump()), prepare(picture((40, 30)), how.model_dump()))
+
+
+def test_files_do_not_tell_where_things_lay(tmp_path):
+    """A net's file goes to other people: they learn the names of files and folders, not where they are."""
+    weights = tmp_path / "weights.safetensors"
+    keys = [f"data.root={tmp_path}/photos", "data.name=imagefolder", f"output={tmp_path}/runs/mine",
+            f"model.checkpoint_path={weights}", f"retrain.teacher.checkpoint_path={weights}",
+            "retrain.teacher.name=resnet18", "retrain.distill_from=teacher"]  # fmt: skip
+    kept = dump_recipe(without_folders(load_recipe("digits", keys)))
+    assert str(tmp_path) not in kept
+    assert all(name in kept for name in ("root: photos", "output: mine", "checkpoint_path: weights.safetensors"))

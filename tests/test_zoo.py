@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 
 from stepping_plugin import CheckpointError, apply_steppingnet, load
 from stepping_plugin.cli import main
@@ -56,6 +57,8 @@ def test_packaged_nets_are_what_their_list_says():
     for name, entry in nets.items():
         net = load(f"zoo:{name}")
         assert net.macs == [s.macs for s in entry.subnets] and net.reference_macs == entry.original.macs
+        made = yaml.safe_load(net.metadata.provenance.recipe)
+        assert not {"/", "\\"} & set(f"{made['output']}{made['data']['root']}"), "folders of the machine that made it"
 
 
 def test_listed_accuracy_is_found_again():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -19,7 +20,7 @@ from .data.sources import Source
 from .recipe import dump_recipe
 from .recipe_schema import Recipe
 
-__all__ = ["described"]
+__all__ = ["described", "without_folders"]
 
 
 def described(recipe: Recipe, data: DataBundle, classes: Sequence[str], say: Callable[[str], None]) -> Metadata:
@@ -34,8 +35,26 @@ def described(recipe: Recipe, data: DataBundle, classes: Sequence[str], say: Cal
     except SteppingError as error:
         say(f"note: files of this net do not say how pictures are prepared. {error}")
     versions = {"stepping-plugin": __version__, "torch": torch.__version__, "timm": timm.__version__}
-    provenance = Provenance(recipe=dump_recipe(recipe), data=_origin(recipe, data), versions=versions)
+    provenance = Provenance(recipe=dump_recipe(without_folders(recipe)), data=_origin(recipe, data), versions=versions)
     return Metadata(classes=list(classes), preprocessing=preprocessing, provenance=provenance)
+
+
+def without_folders(recipe: Recipe) -> Recipe:
+    """A recipe that says which files were used, but not where they lie: a net's file goes to other people."""
+    last = lambda path: path and Path(path).name  # noqa: E731
+    model, retrain = recipe.model, recipe.retrain
+    if (teacher := retrain.teacher) is not None:
+        named = teacher.model_copy(update={"checkpoint_path": last(teacher.checkpoint_path)})
+        retrain = retrain.model_copy(update={"teacher": named})
+    files = {"net": last(model.net), "checkpoint_path": last(model.checkpoint_path)}
+    return recipe.model_copy(
+        update={
+            "output": last(recipe.output),
+            "model": model.model_copy(update=files),
+            "data": recipe.data.model_copy(update={"root": last(recipe.data.root)}),
+            "retrain": retrain,
+        }
+    )
 
 
 def _preprocessing(data: DataBundle) -> Preprocessing:

@@ -27,4 +27,5 @@ def contender(source: Named) -> nn.Module | tuple[SteppingNet, nn.Module]:
             f"{source.word}: its original, {origin.get('class', 'an unknown model')}, is no timm model, so there is no "
             "dense network to measure beside it. In Python: studies.bench.engine.bench_net(net, original, batch_size)."
         )
-    return net, named_model(origin["timm"], net.analysis.image_size[1:], **origin.get("kwargs", {})).eval()
+    _, height, width = net.analysis.image_size
+    return net, named_model(origin["timm"], (height, width), **origin.get("kwargs", {})).eval()
