@@ -243,7 +243,9 @@ def _check_caches(engine: ProgramSet) -> None:
         missing = set(program.inputs) - available
         available |= set(program.outputs)
         outputs = set(output_names(engine.structure.count))
-        if missing or not outputs <= set(program.outputs) or not set(program.released) <= available or macs != total:
+        twice = len(set(program.released)) != len(program.released)
+        released = set(program.released) <= available and not twice
+        if missing or not outputs <= set(program.outputs) or not released or macs != total:
             raise ValueError(f"step {program.level} does not fit the steps before it")
         available -= set(program.released)
     unknown = {name for program in engine.programs for name in program.outputs} - set(engine.cache_axes)

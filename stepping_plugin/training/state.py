@@ -104,6 +104,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) 
                 raise ValueError(f"parameter {number} has {sorted(entry)}, others {sorted(first)}")
             for name, value in entry.items():
                 if not isinstance(value, Tensor):
+                    if name in _LIKE_THE_PARAMETER and value is not None:
+                        raise ValueError(f"{name} of parameter {number} is {value!r}")
                     continue
                 if not bool(value.isfinite().all()):
                     raise ValueError(f"{name} of parameter {number} is not finite")
